@@ -1,0 +1,205 @@
+"""What the scripts share besides the method itself: configuration, devices, logs, pictures, errors, safe writing."""
+import argparse
+import contextlib
+import csv
+import difflib
+import math
+import os
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+import yaml
+from PIL import Image
+
+from drr import UserError
+
+HERE = Path(__file__).resolve().parent
+
+
+# === Configuration: config.yaml + overrides -> nested namespaces ====================================================
+CHOICES = {"vae.loss": ("mse", "l1"), "transformer.cond": ("class", "none", "text")}
+
+
+def load_config(preset, overrides=()):
+    """The preset's values over the base's, with `section.key=value` overrides on top, as nested namespaces.
+
+    Raises UserError for an unknown preset, section or key (naming the nearest known one) and for a value that does
+    not have the type of the base's.
+    """
+    document = yaml.safe_load((HERE / "config.yaml").read_text())
+    base, presets = document["base"], document["presets"]
+    layers = []
+    while preset is not None:
+        if preset not in presets:
+            raise UserError(f"There is no preset {preset!r}; config.yaml has {', '.join(presets)}.")
+        layers.insert(0, presets[preset])
+        preset = presets[preset].get("like")
+    for text in overrides:
+        name, equals, value = text.partition("=")
+        section, dot, key = name.partition(".")
+        if not (equals and dot):
+            raise UserError(f"{text!r} is no override; write section.key=value, for example vae.lr=1e-4.")
+        layers.append({section: {key: yaml.safe_load(value)}})
+    config = {section: dict(values) for section, values in base.items()}
+    for layer in layers:
+        for section, values in layer.items():
+            if section == "like":
+                continue
+            for key, value in values.items():
+                name = f"{section}.{key}"
+                known = [f"{s}.{k}" for s in base for k in base[s]]
+                if name not in known:
+                    nearest = difflib.get_close_matches(name, known, 1, cutoff=0)
+                    raise UserError(f"config.yaml has no key {name!r}; the nearest is {nearest[0]!r}.")
+                config[section][key] = coerce(name, value, base[section][key])
+    return to_namespace(config)
+
+
+def coerce(name, value, like):
+    """`value` in the type of `like`, the base's value: PyYAML reads 4e-5 as a string."""
+    def one(value, like):
+        if isinstance(like, bool):
+            return {"true": True, "false": False}[str(value).lower()]
+        number = type(like)(float(value)) if isinstance(like, (int, float)) else str(value)
+        if not isinstance(like, str) and (number != float(value) or not 0 <= number < math.inf):
+            raise ValueError
+        return number
+    try:
+        result = [one(v, like[0]) for v in value] if isinstance(like, list) else one(value, like)
+        if isinstance(like, list) and not result:
+            raise ValueError
+    except (ValueError, TypeError, KeyError, OverflowError):
+        kind = f"a list like {like}" if isinstance(like, list) else f"{type(like).__name__}, not negative, like {like}"
+        raise UserError(f"{name} is {value!r}; expected {kind}.") from None
+    if name in CHOICES and result not in CHOICES[name]:
+        raise UserError(f"{name} is {value!r}; expected one of {', '.join(CHOICES[name])}.")
+    return result
+
+
+def to_namespace(config):
+    return SimpleNamespace(**{section: SimpleNamespace(**values) for section, values in config.items()})
+
+
+def to_dict(config):
+    return {section: dict(vars(values)) for section, values in vars(config).items()}
+
+
+# === Command line, errors, devices ==================================================================================
+def run(main):
+    """Calls main(); a user's mistake, a full disk and the like end in one sentence and exit status 2."""
+    try:
+        main()
+    except UserError as error:
+        sys.exit(fail(error))
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
+        sys.exit(fail(f"The operating system refused: {error.strerror or error}{where}."))
+    except torch.OutOfMemoryError:
+        sys.exit(fail("The GPU's memory is full; lower the batch size or raise accumulate."))
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def fail(message):
+    print(f"error: {message}", file=sys.stderr)
+    return 2
+
+
+def training_arguments(doc):
+    """The command line of both training scripts -> (args, config)."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("preset", help="a preset of config.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="values that replace the preset's")
+    parser.add_argument("--data", metavar="DIR", help="DIR/train/<class>/*, DIR/val/<class>/*; or a folder of images")
+    parser.add_argument("--out", metavar="DIR", help="where checkpoints, pictures and logs go (runs/PRESET)")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")
+    add_device_arguments(parser)
+    return parser
+
+
+def add_device_arguments(parser):
+    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
+    parser.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16"],
+                        help="auto: bf16 where the hardware multiplies it faster than float32")
+
+
+def pick_device(args):
+    """(device, dtype) of --device and --precision. Raises UserError for a device that is not there."""
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    device = args.device
+    if device == "auto":
+        device = next(name for name in ("cuda", "mps", "cpu") if available[name])
+    if not available[device]:
+        raise UserError(f"--device {device} was asked for, but this machine has none that PyTorch sees; "
+                        "use --device cpu or install a PyTorch build for it.")
+    fast_bf16 = {"cuda": lambda: torch.cuda.is_bf16_supported(including_emulation=False), "mps": lambda: False,
+                 "cpu": lambda: getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16", False)}
+    bf16 = args.precision == "bf16" or args.precision == "auto" and fast_bf16[device]()
+    return torch.device(device), torch.bfloat16 if bf16 else torch.float32
+
+
+# === Logs, pictures, safe writing ===================================================================================
+@contextlib.contextmanager
+def replacing(path):
+    """Gives a temporary path beside `path` to write to; moves it there only if all went well."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{os.getpid()}.{path.name}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+class CsvLog:
+    """Appends rows to a CSV file; a resumed run drops the rows of the steps it will do again."""
+
+    def __init__(self, path, start):
+        self.path, self.fields, rows = Path(path), None, []
+        if start and self.path.exists():
+            with open(self.path, newline="") as f:
+                rows = [row for row in csv.DictReader(f) if int(row["step"]) <= start]
+        self.path.unlink(missing_ok=True)
+        for row in rows:
+            self.write(row)
+
+    def write(self, row):
+        new = self.fields is None
+        self.fields = self.fields or list(row)
+        with open(self.path, "a", newline="") as f:
+            writer = csv.DictWriter(f, self.fields)
+            if new:
+                writer.writeheader()
+            writer.writerow(row)
+
+
+def to_pixels(images):
+    """images (B, 3, S, S) in [-1, 1] -> uint8 (B, S, S, 3)."""
+    return images.float().add(1).mul(127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
+
+
+def grid(pixels, columns, scale=1):
+    """pixels uint8 (B, S, S, 3) -> one PIL picture, row by row, each image enlarged `scale` times, 2 px apart."""
+    B, S = pixels.shape[:2]
+    rows, cell = math.ceil(B / columns), S * scale + 2
+    canvas = np.full((rows * cell - 2, columns * cell - 2, 3), 255, np.uint8)
+    for i, image in enumerate(pixels):
+        y, x = divmod(i, columns)
+        canvas[y * cell:y * cell + S * scale, x * cell:x * cell + S * scale] = image.repeat(scale, 0).repeat(scale, 1)
+    return Image.fromarray(canvas)
+
+
+def save_picture(picture, path):
+    with replacing(path) as temporary:
+        picture.save(temporary, format="PNG")
+
+
+def learning_rate(step, c, decay=True):
+    """Linear warm-up to c.lr, then the cosine to 0 (or constant)."""
+    if step < c.warmup:
+        return c.lr * (step + 1) / c.warmup
+    return c.lr * (0.5 + 0.5 * math.cos(math.pi * (step - c.warmup) / max(1, c.steps - c.warmup))) if decay else c.lr

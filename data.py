@@ -1,0 +1,200 @@
+"""Folders of images -> batches: every batch of every step is a function of (seed, step) alone.
+
+A *view* is one square crop of one file: view 0 is the central square, the others are random crops at random scales,
+the same in every run. A data set is a fixed list of views, so that a picture in memory, one decoded by a worker and
+one whose codes were computed last week are the same picture.
+"""
+import hashlib
+import math
+import os
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from drr import UserError
+
+EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
+
+
+# === Finding: DIR -> files, labels, classes =========================================================================
+def find_images(directory, split="train"):
+    """Images of DIR/split/<class>/* (of DIR/<class>/* or DIR/* when there is no DIR/train).
+
+    Returns sorted files, their labels (int64) and the class names; without class folders one class, named "".
+    Raises UserError when there are none.
+    """
+    root = Path(directory)
+    if not root.is_dir():
+        raise UserError(f"The data folder {directory} does not exist; give --data a folder of images.")
+    if (root / "train").is_dir() or split != "train":
+        root = root / split
+    files = sorted(p for p in root.rglob("*") if p.suffix.lower() in EXTENSIONS and p.is_file())
+    if not files:
+        raise UserError(f"{root} holds no images; expected DIR/train/<class>/*.jpg or a folder of images "
+                        f"({', '.join(sorted(EXTENSIONS))}).")
+    folders = [p.relative_to(root).parts[0] if len(p.relative_to(root).parts) > 1 else "" for p in files]
+    classes = sorted(set(folders))
+    index = {name: i for i, name in enumerate(classes)}
+    return files, np.array([index[f] for f in folders]), classes
+
+
+def class_titles(directory, classes):
+    """Names for people: those of DIR/classes.tsv (columns with `wnid` and `name`) where it has them, else the folder's."""
+    path = Path(directory) / "classes.tsv"
+    titles = {}
+    if path.exists():
+        header, *rows = [line.split("\t") for line in path.read_text().splitlines() if line]
+        if not {"wnid", "name"} <= set(header):
+            raise UserError(f"{path} has the columns {header}; expected `wnid` and `name`, separated by tabs.")
+        titles = {row[header.index("wnid")]: row[header.index("name")] for row in rows}
+    return [titles.get(name, name) for name in classes]
+
+
+# === Reading: (file, view) -> uint8 (3, S, S) =======================================================================
+def crop_box(width, height, view, seed):
+    """The square (left, top, side) of a view: 0 is the central one, the others are random, 0.6 to 1 times as wide."""
+    short = min(width, height)
+    if view == 0:
+        return (width - short) / 2, (height - short) / 2, short
+    scale, x, y = np.random.default_rng([seed, view]).random(3)
+    side = short * (0.6 + 0.4 * scale)
+    return x * (width - side), y * (height - side), side
+
+
+def open_image(path):
+    """An RGB picture; transparency becomes white. Raises UserError when the file is no image."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as picture:
+                if "A" in picture.getbands() or "transparency" in picture.info:
+                    picture = picture.convert("RGBA")
+                    picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+                return picture.convert("RGB")
+    except FileNotFoundError:
+        raise UserError(f"The picture {path} does not exist.") from None
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        raise UserError(f"{path} cannot be read as an image ({error}).") from None
+
+
+def crop(picture, size, view=0, seed=0):
+    """A view of a PIL picture, resized with antialiasing: uint8 (3, size, size)."""
+    left, top, side = crop_box(*picture.size, view, seed)
+    picture = picture.resize((size, size), Image.BICUBIC, box=(left, top, left + side, top + side))
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()
+
+
+def file_seed(path, seed):
+    """Two files with the same name have the same crops; two files with different names do not."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{path.name}".encode()).digest()[:7], "big")
+
+
+# === Batches: (seed, step) -> uint8 images, labels ==================================================================
+class Views(torch.utils.data.Dataset):
+    """The views of a data set and the probability with which each is drawn. `c` is the section `data`.
+
+    Item t is the batch of step t: uint8 images (B, 3, S, S), labels (B,), and how many files could not be read.
+    """
+
+    def __init__(self, files, labels, size, batch_size, c):
+        self.size, self.batch_size, self.seed, self.balance, self.workers = size, batch_size, c.seed, c.balance, c.workers
+        per_class = np.bincount(labels)                                       # n_c, files of each class
+        count = np.maximum(c.views, np.ceil(c.class_views / np.maximum(per_class, 1))).astype(int)[labels]
+        self.images = None
+        self.keep(np.repeat(np.array(files, object), count), np.repeat(labels, count),
+                  np.concatenate([np.arange(n) for n in count]))
+
+    def keep(self, files, labels, view):
+        """Sets the list of views, one entry each: file, label, number of the crop."""
+        self.files, self.labels, self.view = files, labels, view
+        # P(class) ~ n_c^(1 - balance), shared equally by the views of the class
+        n_files, n_views = np.bincount(labels[view == 0]), np.bincount(labels)
+        weight = (n_files ** (1.0 - self.balance) / np.maximum(n_views, 1))[labels]
+        self.cdf = np.cumsum(weight / weight.sum())
+
+    def __len__(self):
+        return len(self.files)
+
+    def crop(self, i, picture=None):
+        """View i, uint8 (3, S, S), of its file or of the file's picture if that is at hand."""
+        path = self.files[i]
+        return crop(picture or open_image(path), self.size, self.view[i], file_seed(path, self.seed))
+
+    def load(self, device):
+        """Decodes every file once and keeps all views on the device. Unreadable files are left out and counted."""
+        starts = np.flatnonzero(self.view == 0)
+        images = torch.empty(len(self), 3, self.size, self.size, dtype=torch.uint8)
+        good = np.ones(len(self), bool)
+
+        def read(start, stop):
+            try:
+                picture = open_image(self.files[start])
+                for i in range(start, stop):
+                    images[i] = self.crop(i, picture)
+            except UserError as error:
+                good[start:stop] = False
+                return error
+
+        with ThreadPoolExecutor(max(1, self.workers)) as pool:
+            jobs = pool.map(read, starts, [*starts[1:], len(self)])
+            errors = [e for e in tqdm(jobs, "reading images", len(starts), unit="file", leave=False) if e]
+        if errors:
+            print(f"skipped {len(errors)} of {len(starts)} files; the first: {errors[0]}")
+        if not good.any():
+            raise UserError(f"None of the {len(starts)} files can be read as an image; the first: {errors[0]}")
+        self.keep(self.files[good], self.labels[good], self.view[good])
+        self.images = images[torch.from_numpy(good)].to(device)
+
+    def draw(self, step):
+        """Which views make up the batch of a step (B,), and which of them are mirrored (B,)."""
+        rng = np.random.default_rng([self.seed, step])
+        views = np.searchsorted(self.cdf, rng.random(self.batch_size), side="right").clip(max=len(self) - 1)
+        return views, rng.random(self.batch_size) < 0.5
+
+    def __getitem__(self, step):
+        views, flips = self.draw(step)
+        bad = 0
+        if self.images is not None:
+            images = self.images[torch.from_numpy(views)]
+        else:
+            pictures = []
+            while len(pictures) < len(views):
+                try:
+                    pictures.append(self.crop(views[len(pictures)]))
+                except UserError:                     # the next file takes the place of one that cannot be read
+                    bad += 1
+                    if bad > 100 + len(views):
+                        raise UserError(f"Over {bad - 1} files in one batch cannot be read as images.") from None
+                    views[len(pictures)] = (views[len(pictures)] + 1) % len(self)
+            images = torch.stack(pictures)
+        flips = torch.from_numpy(flips).to(images.device)
+        images = torch.where(flips[:, None, None, None], images.flip(-1), images)
+        return images, torch.from_numpy(self.labels[views]), bad
+
+    def batches(self, start, stop):
+        """The batches of steps start .. stop - 1, decoded ahead in worker processes unless they are in memory."""
+        steps = range(start, stop)
+        if self.images is not None:
+            return (self[step] for step in steps)
+        return iter(torch.utils.data.DataLoader(self, batch_size=None, sampler=steps, num_workers=self.workers))
+
+
+def to_float(images, device):
+    """uint8 (B, 3, S, S) -> float32 in [-1, 1] on the device."""
+    return images.to(device, non_blocking=True).float().div_(127.5).sub_(1)
+
+
+def validation_images(directory, size, count, classes):
+    """Up to `count` central crops of DIR/val, spread over it, and their labels; (None, None) without DIR/val."""
+    if not (Path(directory) / "val").is_dir():
+        return None, None
+    files, labels, names = find_images(directory, "val")
+    known = [i for i in range(len(files)) if names[labels[i]] in classes]
+    pick = [known[i] for i in np.linspace(0, len(known) - 1, min(count, len(known))).astype(int)] if known else []
+    pictures = [(crop(open_image(files[i]), size), classes.index(names[labels[i]])) for i in pick]
+    return (torch.stack([p for p, _ in pictures]), torch.tensor([l for _, l in pictures])) if pick else (None, None)

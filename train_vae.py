@@ -1,0 +1,186 @@
+"""Stage 1: trains the RQ-VAE that turns images into stacks of codes.
+
+    python train_vae.py smoke --data DIR                      # any folder of images; half a minute
+    python train_vae.py tiny-imagenet-32 --data DIR           # writes runs/tiny-imagenet-32/vae.safetensors
+    python train_vae.py imagenet-256 --official FILE.pt       # takes over the published weights instead of training
+"""
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+import data
+import drr
+from common import (CsvLog, grid, learning_rate, load_config, pick_device, replacing, run, save_picture, to_pixels,
+                    training_arguments)
+from drr import UserError
+
+
+# === The adversary and the perceptual loss ==========================================================================
+class PatchDiscriminator(nn.Sequential):
+    """images (B, 3, S, S) -> logits (B, 1, h, w), one for each patch (PatchGAN, Isola et al. 2017)."""
+
+    def __init__(self, ch, layers):
+        modules = [nn.Conv2d(3, ch, 4, 2, 1), nn.LeakyReLU(0.2)]
+        for i in range(1, layers + 1):
+            c_in, c_out = ch * min(2 ** (i - 1), 8), ch * min(2 ** i, 8)
+            modules += [nn.Conv2d(c_in, c_out, 4, 2 if i < layers else 1, 1, bias=False), nn.BatchNorm2d(c_out),
+                        nn.LeakyReLU(0.2)]
+        super().__init__(*modules, nn.Conv2d(c_out if layers else ch, 1, 4, 1, 1))
+
+
+def hinge_loss(real, fake):
+    return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
+
+
+def adaptive_weight(reconstruction, adversarial, last_layer):
+    """lambda = ||grad L_rec|| / (||grad L_gan|| + 1e-6) at the decoder's last layer (VQGAN, Eq. 7), in [0, 1e4]."""
+    norms = [torch.autograd.grad(loss, last_layer, retain_graph=True)[0].norm() for loss in (reconstruction, adversarial)]
+    return (norms[0] / (norms[1] + 1e-6)).clamp(0, 1e4).detach()
+
+
+def perceptual_loss(device):
+    """LPIPS with VGG16 features: (images, images) in [-1, 1] -> distances (B, 1, 1, 1)."""
+    try:
+        import lpips
+        return lpips.LPIPS(net="vgg", verbose=False).to(device).eval().requires_grad_(False)
+    except Exception as error:  # not installed, torchvision broken, weights out of reach: all mean the same to the user
+        raise UserError(f"The perceptual loss needs the package lpips and VGG16's weights, which it downloads once, but "
+                        f"{type(error).__name__}: {str(error).splitlines()[0]}; pip install lpips torchvision, or switch "
+                        "it off with vae.perceptual_weight=0.") from None
+
+
+# === Looking at it ==================================================================================================
+@torch.no_grad()
+def reconstructions(vae, images):
+    """images (B, 3, S, S) -> (B * (1 + D), 3, S, S): each original, then its decodes from depths 1 .. D."""
+    _, partial_sums = vae.quantizer.quantize(vae.encode_latent(images))             # (B, N, D, n_z)
+    return torch.stack([images, *(vae.decode_latent(p) for p in partial_sums.unbind(-2))], 1).flatten(0, 1)
+
+
+@torch.no_grad()
+def psnr(vae, images):
+    """Peak signal-to-noise ratio of the reconstructions in dB, the mean over images (B, 3, S, S)."""
+    mse = [((vae.decode(vae.encode(x)).clamp(-1, 1) - x) / 2).square().mean((1, 2, 3)) for x in images.split(64)]
+    return -10 * torch.cat(mse).log10().mean().item()
+
+
+def main():
+    # --- set-up ------------------------------------------------------------------------------------------------------
+    parser = training_arguments(__doc__)
+    parser.add_argument("--official", metavar="FILE", help="convert the published RQ-VAE weights; no training")
+    args = parser.parse_args()
+    config = load_config(args.preset, args.overrides)
+    c, out = config.vae, Path(args.out or f"runs/{args.preset}")
+    device, dtype = pick_device(args)
+    if args.official:
+        drr.save_vae(out / "vae.safetensors", drr.load_official_rqvae(args.official, c), config)
+        return print(f"wrote {out / 'vae.safetensors'}")
+    if not args.data:
+        raise UserError("Training needs --data DIR, a folder with DIR/train/<class>/*.jpg or with images.")
+    if c.batch_size % c.accumulate:
+        raise UserError(f"vae.batch_size {c.batch_size} is no multiple of vae.accumulate {c.accumulate}.")
+    torch.manual_seed(config.data.seed)                        # the initial weights; nothing else draws from it
+
+    # --- data --------------------------------------------------------------------------------------------------------
+    files, labels, classes = data.find_images(args.data)
+    views = data.Views(files, labels, c.resolution, c.batch_size, config.data)
+    if config.data.in_memory:
+        views.load(device)
+    val, _ = data.validation_images(args.data, c.resolution, 512, classes)
+    val = data.to_float(views[0][0][:512] if val is None else val, device)     # without DIR/val: some training images
+
+    # --- model -------------------------------------------------------------------------------------------------------
+    vae = drr.RQVAE(c).to(device)
+    opt = torch.optim.Adam(vae.parameters(), lr=c.lr, betas=tuple(c.betas))
+    lpips = perceptual_loss(device) if c.perceptual_weight else None
+    disc = disc_opt = None
+    if c.disc_weight:
+        disc = PatchDiscriminator(c.disc_ch, c.disc_layers).to(device)
+        disc_opt = torch.optim.Adam(disc.parameters(), lr=c.lr, betas=tuple(c.betas))
+    parts = {"vae": vae, "opt": opt, "disc": disc, "disc_opt": disc_opt}
+    state_file = out / "vae_state.pt"
+    start = drr.load_state(state_file, parts, config.vae) if args.resume else 0
+    forward = torch.compile(vae) if c.compile else vae
+    autocast = torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext()
+    out.mkdir(parents=True, exist_ok=True)
+    log = CsvLog(out / "vae.csv", start)
+    print(f"{sum(p.numel() for p in vae.parameters()) / 1e6:.1f}M parameters, {len(views)} views of {len(files)} files, "
+          f"{device} {str(dtype)[6:]}, steps {start}..{c.steps} -> {out}")
+
+    # --- loop --------------------------------------------------------------------------------------------------------
+    clock, seen, unreadable = time.time(), 0, 0
+    bar = tqdm(views.batches(start, c.steps), "train_vae", c.steps, initial=start, unit="step")
+    for step, (batch, _, bad) in enumerate(bar, start):
+        unreadable += bad
+        generator = torch.Generator().manual_seed(hash((config.data.seed, step)))
+        adversarial = disc is not None and step >= c.disc_start
+        for group in (opt, disc_opt) if disc is not None else (opt,):
+            group.param_groups[0]["lr"] = learning_rate(step, c, c.decay)
+        vectors, chosen = [], []                               # for the codebook: what was quantized, and into what
+        for images in batch.chunk(c.accumulate):
+            x = data.to_float(images, device)
+            with autocast:
+                recon, commitment, z, codes = forward(x)
+            recon = recon.float()
+            error = (recon - x).abs().mean() if c.loss == "l1" else (recon - x).square().mean()
+            perceptual = lpips(recon, x).mean() if lpips else torch.zeros((), device=device)
+            loss = error + c.perceptual_weight * perceptual + c.commitment_weight * commitment
+            d_loss = torch.zeros((), device=device)
+            if adversarial:
+                disc.requires_grad_(False)                     # L_gan = -mean D(x_hat); lambda balances its gradient
+                gan = -disc(recon).mean()
+                weight = adaptive_weight(error + c.perceptual_weight * perceptual, gan, vae.decoder.conv_out.weight)
+                loss = loss + c.disc_weight * weight * gan
+                disc.requires_grad_(True)
+            (loss / c.accumulate).backward()
+            if adversarial:
+                d_loss = hinge_loss(disc(x), disc(recon.detach()))
+                (d_loss / c.accumulate).backward()
+            with torch.no_grad():
+                vectors.append(vae.quantizer.residuals(z, codes).flatten(0, -2))
+                chosen.append(codes.flatten())
+        norm = nn.utils.clip_grad_norm_(vae.parameters(), c.grad_clip or float("inf"))
+        if not torch.isfinite(norm):
+            raise UserError(f"The gradient is no longer finite at step {step + 1}; {state_file} holds the last good "
+                            "state: go on from it with --resume and a lower vae.lr.")
+        opt.step()
+        opt.zero_grad(set_to_none=True)
+        if adversarial:
+            disc_opt.step()
+            disc_opt.zero_grad(set_to_none=True)
+        vae.quantizer.update_codebook(torch.cat(vectors), torch.cat(chosen), generator if c.restart else None)
+
+        # --- log, look, save -----------------------------------------------------------------------------------------
+        step, seen, last = step + 1, seen + len(batch), step + 1 == c.steps
+        if step % c.log_every == 0 or last:
+            rate, clock, seen = seen / (time.time() - clock), time.time(), 0
+            usage, perplexity = (v.tolist() for v in drr.codebook_usage(codes, c.codebook_size))
+            row = {"step": step, "loss": loss.item(), c.loss: error.item(), "commitment": commitment.item(),
+                   "perceptual": perceptual.item(), "disc": d_loss.item(), "grad_norm": norm.item(),
+                   "lr": opt.param_groups[0]["lr"], "images_per_s": rate, "unreadable": unreadable,
+                   **{f"usage_{d + 1}": v for d, v in enumerate(usage)},
+                   **{f"perplexity_{d + 1}": v for d, v in enumerate(perplexity)}}
+            if step % c.picture_every == 0 or last:
+                vae.eval()
+                save_picture(grid(to_pixels(reconstructions(vae, val[:8])), 1 + c.depth, max(1, 64 // c.resolution)),
+                             out / f"vae_{step:06d}.png")
+                row["val_psnr"] = psnr(vae, val)
+                vae.train()
+            log.write({"val_psnr": "", **row})
+            bar.set_postfix_str(f"loss {row['loss']:.4f} {rate:.0f} img/s")
+            tqdm.write(f"step {step} loss {row['loss']:.4f} {c.loss} {row[c.loss]:.4f} commit {row['commitment']:.4f} "
+                       f"disc {row['disc']:.3f} perplexity {' '.join(f'{p:.0f}' for p in perplexity)} {rate:.0f} img/s"
+                       + (f" psnr {row['val_psnr']:.2f} dB" if "val_psnr" in row else ""))
+        if step % c.save_every == 0 or last:
+            drr.save_vae(out / "vae.safetensors", vae, config)
+            drr.save_state(state_file, parts, step, config.vae)
+    print(f"wrote {out / 'vae.safetensors'}")
+
+
+if __name__ == "__main__":
+    run(main)
