@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import torch
 import yaml
 from PIL import Image
@@ -183,14 +182,14 @@ def to_pixels(images):
 
 
 def grid(pixels, columns, scale=1):
-    """pixels uint8 (B, S, S, 3) -> one PIL picture, row by row, each image enlarged `scale` times, 2 px apart."""
-    B, S = pixels.shape[:2]
-    rows, cell = math.ceil(B / columns), S * scale + 2
-    canvas = np.full((rows * cell - 2, columns * cell - 2, 3), 255, np.uint8)
+    """pixels uint8 (B, S, S, 3) -> one PIL picture, row by row, each image enlarged `scale` times (bicubic), 2 px apart."""
+    side = pixels.shape[1] * scale
+    rows = math.ceil(len(pixels) / columns)
+    canvas = Image.new("RGB", (columns * (side + 2) - 2, rows * (side + 2) - 2), "white")
     for i, image in enumerate(pixels):
         y, x = divmod(i, columns)
-        canvas[y * cell:y * cell + S * scale, x * cell:x * cell + S * scale] = image.repeat(scale, 0).repeat(scale, 1)
-    return Image.fromarray(canvas)
+        canvas.paste(Image.fromarray(image).resize((side, side), Image.BICUBIC), (x * (side + 2), y * (side + 2)))
+    return canvas
 
 
 def save_picture(picture, path):

@@ -5,7 +5,7 @@ the same in every run. A data set is a fixed list of views, so that a picture in
 one whose codes were computed last week are the same picture.
 """
 import hashlib
-import math
+import json
 import os
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -13,9 +13,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from tqdm import tqdm
 
+import drr
 from drr import UserError
 
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
@@ -72,6 +73,7 @@ def open_image(path):
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path) as picture:
+                picture = ImageOps.exif_transpose(picture)
                 if "A" in picture.getbands() or "transparency" in picture.info:
                     picture = picture.convert("RGBA")
                     picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
@@ -125,28 +127,37 @@ class Views(torch.utils.data.Dataset):
         path = self.files[i]
         return crop(picture or open_image(path), self.size, self.view[i], file_seed(path, self.seed))
 
-    def load(self, device):
-        """Decodes every file once and keeps all views on the device. Unreadable files are left out and counted."""
+    def read_all(self, doing):
+        """Decodes every file once, in threads, a block of files at a time: yields (views, images uint8 (m, 3, S, S)),
+        where `views` are the m indices that could be read. What cannot be read is left out, counted and reported."""
         starts = np.flatnonzero(self.view == 0)
-        images = torch.empty(len(self), 3, self.size, self.size, dtype=torch.uint8)
-        good = np.ones(len(self), bool)
+        errors = []
 
         def read(start, stop):
             try:
                 picture = open_image(self.files[start])
-                for i in range(start, stop):
-                    images[i] = self.crop(i, picture)
+                return torch.stack([self.crop(i, picture) for i in range(start, stop)]), np.arange(start, stop)
             except UserError as error:
-                good[start:stop] = False
-                return error
+                errors.append(error)
 
-        with ThreadPoolExecutor(max(1, self.workers)) as pool:
-            jobs = pool.map(read, starts, [*starts[1:], len(self)])
-            errors = [e for e in tqdm(jobs, "reading images", len(starts), unit="file", leave=False) if e]
+        jobs = list(zip(starts, [*starts[1:], len(self)]))
+        with ThreadPoolExecutor(max(1, self.workers)) as pool, tqdm(total=len(jobs), desc=doing, unit="file") as bar:
+            for i in range(0, len(jobs), 256):
+                block = [r for r in pool.map(lambda job: read(*job), jobs[i:i + 256]) if r]
+                bar.update(len(jobs[i:i + 256]))
+                if block:
+                    yield np.concatenate([views for _, views in block]), torch.cat([images for images, _ in block])
         if errors:
-            print(f"skipped {len(errors)} of {len(starts)} files; the first: {errors[0]}")
-        if not good.any():
-            raise UserError(f"None of the {len(starts)} files can be read as an image; the first: {errors[0]}")
+            print(f"skipped {len(errors)} of {len(jobs)} files; the first: {errors[0]}")
+        if len(errors) == len(jobs):
+            raise UserError(f"None of the {len(jobs)} files can be read as an image; the first: {errors[0]}")
+
+    def load(self, device):
+        """Holds all views on the device, uint8."""
+        images = torch.empty(len(self), 3, self.size, self.size, dtype=torch.uint8)
+        good = np.zeros(len(self), bool)
+        for views, block in self.read_all("reading images"):
+            images[torch.from_numpy(views)], good[views] = block, True
         self.keep(self.files[good], self.labels[good], self.view[good])
         self.images = images[torch.from_numpy(good)].to(device)
 
@@ -198,3 +209,47 @@ def validation_images(directory, size, count, classes):
     pick = [known[i] for i in np.linspace(0, len(known) - 1, min(count, len(known))).astype(int)] if known else []
     pictures = [(crop(open_image(files[i]), size), classes.index(names[labels[i]])) for i in pick]
     return (torch.stack([p for p, _ in pictures]), torch.tensor([l for _, l in pictures])) if pick else (None, None)
+
+
+# === Token cache: views -> codes, computed once =====================================================================
+def cached_codes(views, vae, directory, device, dtype):
+    """The codes of every view and of its mirror image: a memory-mapped uint16 array (2, M, N, D), view by view.
+
+    The file's name is a hash of the RQ-VAE's weights and of the views (paths, file sizes, crops), so that a cache can
+    never belong to another model or to other data. Files that cannot be read are dropped from `views`.
+    """
+    files = [[f"{p.parent.name}/{p.name}", os.path.getsize(p)] for p in views.files[views.view == 0]]
+    content = json.dumps([drr.fingerprint(vae), views.size, views.seed, len(views), views.view.tolist(), files])
+    name = hashlib.sha256(content.encode()).hexdigest()[:16]
+    path, index_path = Path(directory) / f"codes-{name}.npy", Path(directory) / f"codes-{name}-views.npy"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shape = (2, len(views), vae.side ** 2, vae.quantizer.depth)
+        temporary = path.with_name(f".{os.getpid()}.{path.name}")
+        try:
+            codes = np.lib.format.open_memmap(temporary, "w+", np.uint16, shape)
+            good = []
+            for index, images in views.read_all("encoding images"):
+                for part, block in zip(np.array_split(index, -(-len(index) // 128)),
+                                       images.tensor_split(-(-len(index) // 128))):
+                    for flip, x in enumerate((block, block.flip(-1))):
+                        codes[flip, part] = encode(vae, to_float(x, device), dtype).cpu().numpy()
+                good.append(index)
+            codes.flush()
+            np.save(index_path, np.concatenate(good))
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    index = np.load(index_path)
+    codes = np.load(path, mmap_mode="r")
+    if len(index) < len(views):
+        codes = codes[:, index]
+        views.keep(views.files[index], views.labels[index], views.view[index])
+    return codes
+
+
+@torch.inference_mode()
+def encode(vae, images, dtype):
+    """Codes (B, N, D) of images in [-1, 1], the convolutions in `dtype`."""
+    with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
+        return vae.encode(images)

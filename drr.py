@@ -19,9 +19,9 @@ import hashlib
 import json
 import math
 import os
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -316,10 +316,365 @@ class RQVAE(nn.Module):
         return self.decode_latent(z_hat), commitment, z, codes
 
 
+@torch.no_grad()
+def reconstructions(vae, images):
+    """images (B, 3, S, S) -> (B * (1 + D), 3, S, S): each original, then its decodes from depths 1 .. D."""
+    _, partial_sums = vae.quantizer.quantize(vae.encode_latent(images))             # (B, N, D, n_z)
+    return torch.stack([images, *(vae.decode_latent(p) for p in partial_sums.unbind(-2))], 1).flatten(0, 1)
+
+
+# === Contextual RQ-Transformer: codes (B, N, D), mask (B, N) -> context (B, N, d_model) -> logits (P, D, K) ==========
+class Block(nn.Module):
+    """A pre-LayerNorm transformer block, x (B, T, d_model) -> the same; 12 d^2 + 13 d parameters."""
+
+    def __init__(self, d_model, head_dim):
+        super().__init__()
+        self.heads = d_model // head_dim
+        self.ln1, self.ln2 = nn.LayerNorm(d_model), nn.LayerNorm(d_model)
+        self.qkv, self.proj = nn.Linear(d_model, 3 * d_model), nn.Linear(d_model, d_model)
+        self.fc1, self.fc2 = nn.Linear(d_model, 4 * d_model), nn.Linear(4 * d_model, d_model)
+
+    def forward(self, x, causal=False, cache=None, position=0):
+        """With `cache` (2, B, heads, D, head_dim), x (B, 1, d_model) is the token at `position`: its key and value are
+        written there and it sees the positions up to its own."""
+        B, T, d = x.shape
+        qkv = self.qkv(self.ln1(x)).view(B, T, 3, self.heads, -1)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()                       # 3 x (B, heads, T, head_dim)
+        if cache is not None:
+            cache[0, :, :, position], cache[1, :, :, position] = k[:, :, 0], v[:, :, 0]
+            k, v = cache[:, :, :, :position + 1].unbind()
+        a = F.scaled_dot_product_attention(q, k, v, is_causal=causal)       # softmax(q k^T / sqrt(head_dim)) v
+        x = x + self.proj(a.transpose(1, 2).reshape(B, T, d))
+        return x + self.fc2(F.gelu(self.fc1(self.ln2(x))))
+
+
+class ContextualRQTransformer(nn.Module):
+    """Predicts hidden code stacks from the visible ones: bidirectional over space, causal over depth (section 3.2).
+
+    c            the section `transformer` of a configuration
+    conditions   number of classes (of text tokens); one more embedding is the null condition. 1 for `cond: none`,
+                 whose one token is always 0
+    positions, codebook (K, n_z), depth   N, the frozen codebook of the RQ-VAE, and D
+    """
+
+    def __init__(self, c, conditions, positions, depth, codebook):
+        super().__init__()
+        if c.d_model % c.head_dim:
+            raise UserError(f"transformer.d_model {c.d_model} is no multiple of transformer.head_dim {c.head_dim}.")
+        d, (K, n_z) = c.d_model, codebook.shape
+        self.depth, self.positions, self.heads, self.head_dim = depth, positions, d // c.head_dim, c.head_dim
+        self.cond_length = c.text_length if c.cond == "text" else 1
+        self.null = 0 if c.cond == "none" else conditions                   # the null condition's id
+        self.register_buffer("codebook", codebook.clone(), persistent=False)   # stage 1's; stored only there
+        self.mask_embed = nn.Parameter(torch.zeros(n_z))                    # e_[MASK]
+        self.w_in = nn.Linear(n_z, d)
+        self.pos = nn.Parameter(torch.zeros(positions, d))                  # PE_N
+        self.cond_embed = nn.Embedding(self.null + 1, d)
+        self.cond_pos = nn.Parameter(torch.zeros(self.cond_length, d))
+        self.spatial = nn.ModuleList(Block(d, c.head_dim) for _ in range(c.n_spatial))
+        self.w_depth = nn.Linear(n_z, d) if depth > 1 else None
+        self.depth_pos = nn.Parameter(torch.zeros(depth, d))                # PE_D
+        self.depthwise = nn.ModuleList(Block(d, c.head_dim) for _ in range(c.n_depth))
+        self.ln, self.classifier = nn.LayerNorm(d), nn.Linear(d, K)
+        for name, p in self.named_parameters():                             # GPT-2's initialisation
+            if p.dim() == 1 and name != "mask_embed":
+                continue                                                    # LayerNorm keeps 1 and 0 ...
+            nn.init.normal_(p, std=0.02)
+        for m in self.modules():
+            if isinstance(m, nn.Linear):
+                nn.init.zeros_(m.bias)                                      # ... and biases start at 0
+
+    def context(self, codes, mask, cond):
+        """h (B, N, d_model) from codes (B, N, D), mask (B, N) (True = hidden: those codes have no influence) and
+        cond (B, L) (Eq. 6-7)."""
+        e = F.embedding(codes, self.codebook).sum(2)                        # (B, N, n_z): one vector a stack
+        u = torch.where(mask[..., None], self.mask_embed.to(e.dtype), e)
+        x = torch.cat([self.cond_embed(cond) + self.cond_pos, self.w_in(u) + self.pos], 1)     # (B, L + N, d)
+        for block in self.spatial:
+            x = block(x)
+        return x[:, self.cond_length:]
+
+    def depth_logits(self, h, stacks):
+        """Teacher-forced logits (P, D, K) of stacks (P, D) at positions with contexts h (P, d_model) (Eq. 8-9)."""
+        v = h[:, None]                                                      # v_1 = h + PE_D(1)
+        if self.depth > 1:                                                  # v_d = W sum_{d' < d} e(S_d') + PE_D(d)
+            sums = F.embedding(stacks[:, :-1], self.codebook).cumsum(1)
+            v = torch.cat([v, self.w_depth(sums)], 1)
+        v = v + self.depth_pos
+        for block in self.depthwise:
+            v = block(v, causal=True)
+        return self.classifier(self.ln(v))
+
+    def depth_step(self, h, stacks, d, cache=None):
+        """Logits (P, K) of depth d alone, given the d codes chosen so far, stacks[:, :d]; what `depth_logits` says, one
+        depth at a time. cache (n_depth, 2, P, heads, D, head_dim) is None at d = 0. Returns logits, cache."""
+        if d == 0:
+            cache = h.new_zeros(len(self.depthwise), 2, len(h), self.heads, self.depth, self.head_dim)
+        v = h if d == 0 else self.w_depth(F.embedding(stacks[:, :d], self.codebook).sum(1))
+        v = (v + self.depth_pos[d])[:, None]                                # (P, 1, d_model)
+        for block, block_cache in zip(self.depthwise, cache):
+            v = block(v, cache=block_cache, position=d)
+        return self.classifier(self.ln(v[:, 0])), cache
+
+
+# === Masked code-stack modelling (section 3.3) ======================================================================
+def random_mask(uniforms):
+    """Training masks (B, N) from uniforms (B, 1 + N) in [0, 1): r is the first number, |m| = ceil(cos(pi r / 2) N)
+    positions are hidden, those where the other numbers are smallest (Eq. 10-11)."""
+    N = uniforms.shape[1] - 1
+    hidden = torch.ceil(torch.cos(math.pi / 2 * uniforms[:, :1]) * N)                       # (B, 1), 1 .. N
+    return uniforms[:, 1:].argsort(1).argsort(1) < hidden
+
+
+def masked_loss(transformer, codes, mask, cond):
+    """Cross-entropy (D,) in nats and accuracy (D,) per depth, over the hidden stacks only (Eq. 12)."""
+    h = transformer.context(codes, mask, cond)
+    stacks = codes[mask]                                                    # (P, D)
+    logits = transformer.depth_logits(h[mask], stacks).float()              # (P, D, K)
+    loss = F.cross_entropy(logits.transpose(1, 2), stacks, reduction="none").mean(0)
+    return loss, (logits.argmax(-1) == stacks).float().mean(0)
+
+
+# === Draft-and-Revise (section 3.4): noise -> codes (B, N, D) =======================================================
+class Sampling(NamedTuple):
+    """How codes are drawn from logits: softmax(logits / temperature), then the top_k (0 = all) most likely, then the
+    fewest that hold top_p of the probability; guidance s: logits = l_null + s (l_cond - l_null), 1 = none."""
+    temperature: float
+    guidance: float
+    top_k: int
+    top_p: float
+
+
+class State(NamedTuple):
+    """What `draft_and_revise` shows after every update: codes (B, N, D), and which are still hidden (B, N)."""
+    phase: str          # "draft" or "revise"
+    round: int          # 0 for the draft, 1 .. M for the revisions
+    codes: torch.Tensor
+    hidden: torch.Tensor
+
+
+def draw_noise(seed, images, rounds, positions, depth):
+    """Everything random in a decode, drawn before it begins from (seed, index of the image) alone, so that image i of
+    a seed is the same picture in any batch and on any backend.
+
+    images: the indices, B of them; rounds: 1 + M. Returns order (rounds, B, N), a random order of the positions for
+    each round, and uniforms (rounds, B, N, D) in [0, 1), one number per code and round.
+    """
+    order = np.empty((rounds, len(images), positions), np.int64)
+    uniforms = np.empty((rounds, len(images), positions, depth), np.float32)
+    for b, i in enumerate(images):
+        rng = np.random.default_rng([seed, i])
+        for r in range(rounds):
+            order[r, b], uniforms[r, b] = rng.permutation(positions), rng.random((positions, depth), np.float32)
+    return torch.from_numpy(order), torch.from_numpy(uniforms)
+
+
+def partition(order, T):
+    """PARTITION: T disjoint sets m^1 .. m^T that cover the positions in `order` (B, n), with sizes that differ by at
+    most one: a list of indices (B, n_t). They are as random as the order is."""
+    return list(order.tensor_split(min(T, order.shape[1]), dim=1))
+
+
+def probabilities(logits, how):
+    """logits (P, K) -> probabilities (P, K) under `how` (Sampling); the entries cut off are 0, the rest need not sum
+    to 1."""
+    logits = logits.float() / how.temperature
+    if how.top_k:
+        kth = logits.topk(min(how.top_k, logits.shape[-1])).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, -math.inf)
+    p = logits.softmax(-1)
+    if how.top_p < 1:
+        ranked, index = p.sort(descending=True, stable=True)
+        before = ranked.cumsum(-1) - ranked                  # the probability of all that is more likely
+        p = p.scatter(-1, index, ranked.masked_fill(before >= how.top_p, 0))
+    return p
+
+
+def sample_stacks(model, h, uniforms, how):
+    """Draws stacks (P, D), depth by depth, at positions with contexts h (P, d_model) and uniforms (P, D). With
+    guidance h is (2 P, d_model): the contexts under the condition, then those under the null condition."""
+    P, D = uniforms.shape
+    stacks = torch.zeros(len(h), D, dtype=torch.int64, device=h.device)     # both halves see the same codes
+    cache = None
+    for d in range(D):
+        logits, cache = model.depth_step(h, stacks, d, cache)
+        logits = logits.float()
+        if len(h) > P:
+            conditional, null = logits.split(P)
+            logits = null + how.guidance * (conditional - null)
+        k = inverse_cdf(probabilities(logits, how), uniforms[:, d])
+        stacks[:, d] = k.repeat(len(h) // P)
+    return stacks[:P]
+
+
+def update(model, codes, hidden, partition, uniforms, cond, how):
+    """UPDATE (Alg. 1): hides one set of the partition after the other and draws its stacks anew, given all others.
+
+    codes (B, N, D); hidden (B, N): what is hidden besides, all of it in a draft and nothing in a revision; partition: a
+    list of indices (B, n_t); uniforms (B, N, D); cond (B, L). Yields codes and hidden after each set; stacks that no
+    set names stay as they are, to the bit.
+    """
+    guided = how.guidance != 1
+    if guided:                                               # the batch doubles here and in no other phase
+        cond = torch.cat([cond, torch.full_like(cond, model.null)])
+    for positions in partition:
+        B, n = positions.shape
+        hidden = hidden.scatter(1, positions, True)                         # hide m^t
+        inputs = (torch.cat([t, t]) if guided else t for t in (codes, hidden))
+        h = model.context(*inputs, cond)                                    # (B, N, d_model) or (2 B, N, d_model)
+        index = positions.repeat(len(h) // B, 1)[..., None].expand(-1, -1, h.shape[-1])
+        h = h.gather(1, index).flatten(0, 1)                                # only m^t goes through the depth blocks
+        stack_index = positions[..., None].expand(-1, -1, codes.shape[-1])
+        stacks = sample_stacks(model, h, uniforms.gather(1, stack_index).flatten(0, 1), how)
+        codes = codes.scatter(1, stack_index, stacks.view(B, n, -1))
+        hidden = hidden.scatter(1, positions, False)
+        yield codes, hidden
+
+
+@torch.inference_mode()
+def draft_and_revise(model, cond, noise, c, codes=None, region=None):
+    """Draft-and-Revise (Alg. 2): an empty map of codes is drafted in T_draft updates, then revised M times.
+
+    model    `context`, `depth_step` and `null`: TorchModel, or anything else that has them
+    cond     (B, L) int64
+    noise    what `draw_noise` returns, for at least 1 + M rounds
+    c        the section `sample` of a configuration
+    codes (B, N, D) and region (N,) bool, both or neither: in-painting; the stacks where `region` is False are kept
+    Yields a State after every update; the codes of the last one are the result.
+    """
+    order, uniforms = (t.to(cond.device) for t in noise)
+    B, N, D = uniforms.shape[1:]
+    if region is None:
+        codes, region = cond.new_zeros(B, N, D), torch.ones(N, dtype=torch.bool, device=cond.device)
+    draft = Sampling(c.draft_temperature, c.draft_guidance, c.top_k, c.top_p)
+    revise = Sampling(c.revise_temperature, c.revise_guidance, c.top_k, c.top_p)
+    nothing = torch.zeros(B, N, dtype=torch.bool, device=cond.device)
+    for round in range(1 + c.rounds):
+        inside = order[round][region[order[round]]].view(B, -1)            # the region's positions, in random order
+        phase, T, hidden, how = (("revise", c.t_revise, nothing, revise) if round else
+                                 ("draft", c.t_draft, region.expand(B, N), draft))
+        for codes, hidden in update(model, codes, hidden, partition(inside, T), uniforms[round], cond, how):
+            yield State(phase, round, codes, hidden)
+
+
+class TorchModel:
+    """The only way in which the decoding loop reaches the networks: context, depth_step, decode (and encode, for
+    pictures that come in). Exported graphs take its place by having the same functions."""
+
+    def __init__(self, vae, transformer, device, dtype):
+        self.vae = vae.to(device).eval()                     # codes and pixels are float32: they cost next to nothing
+        self.transformer = transformer.to(device, dtype).eval()
+        self.device, self.null = device, transformer.null
+
+    @torch.inference_mode()
+    def context(self, codes, mask, cond):
+        return self.transformer.context(codes, mask, cond)
+
+    @torch.inference_mode()
+    def depth_step(self, h, stacks, d, cache):
+        return self.transformer.depth_step(h, stacks, d, cache)
+
+    @torch.inference_mode()
+    def decode(self, codes):
+        return self.vae.decode(codes)
+
+    @torch.inference_mode()
+    def encode(self, images):
+        return self.vae.encode(images)
+
+
 # === Checkpoints: safetensors that carry their configuration ========================================================
 def save_vae(path, vae, config):
     """Writes the RQ-VAE and the configuration's section `vae`, all or nothing."""
     save_model(path, vae.state_dict(), {"vae": vars(config.vae)})
+
+
+def save_transformer(path, transformer, config, classes, titles, vae):
+    """Writes the transformer, its configuration, the classes' folder names and titles, and whose codes it speaks."""
+    tensors = {k: v.half() if config.transformer.half else v for k, v in transformer.state_dict().items()}
+    save_model(path, tensors, {"transformer": vars(config.transformer), "sample": vars(config.sample),
+                               "classes": classes, "titles": titles, "vae": fingerprint(vae)})
+
+
+def fingerprint(module):
+    """SHA-256 over a module's weights: two RQ-VAEs with the same fingerprint speak the same codes."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def load_vae(path):
+    """The RQ-VAE in `path` (float32, on the CPU), and its section `vae`. Raises UserError for a file that is missing,
+    damaged, or not an RQ-VAE of this project."""
+    tensors, meta = read_model(path)
+    c = section(meta, "vae", path)
+    vae = RQVAE(c)
+    fill(vae, tensors, path)
+    return vae.requires_grad_(False).eval(), c
+
+
+def load_checkpoint(directory):
+    """The model in `directory`: vae.safetensors and transformer.safetensors, as train_vae.py and train_transformer.py
+    write them. Returns vae, transformer (float32, on the CPU) and info: the configuration's sections `vae`,
+    `transformer`, `sample`, and `classes` and `titles` in the order of their indices. Raises UserError as `load_vae`
+    does, and when the two belong to different trainings."""
+    vae, vae_section = load_vae(Path(directory) / "vae.safetensors")
+    path = Path(directory) / "transformer.safetensors"
+    tensors, meta = read_model(path)
+    info = SimpleNamespace(vae=vae_section, transformer=section(meta, "transformer", path),
+                           sample=section(meta, "sample", path), classes=meta.get("classes"), titles=meta.get("titles"))
+    if meta.get("vae") != fingerprint(vae):
+        raise UserError(f"{path} was trained on the codes of another RQ-VAE than {path.with_name('vae.safetensors')}; "
+                        "keep the two files of one training together.")
+    transformer = ContextualRQTransformer(info.transformer, conditions(info.transformer, info.classes), vae.side ** 2,
+                                          info.vae.depth, vae.quantizer.codebook)
+    fill(transformer, tensors, path)
+    return vae, transformer.requires_grad_(False).eval(), info
+
+
+def section(meta, name, path):
+    if not isinstance(meta.get(name), dict):
+        raise UserError(f"{path} carries no configuration of a {name}; is it another file under that name?")
+    return SimpleNamespace(**meta[name])
+
+
+def conditions(c, classes):
+    """How many conditions a transformer with section `c` knows, the null condition not counted."""
+    return {"class": len(classes), "text": c.text_vocab, "none": 1}[c.cond]
+
+
+def load_official_rqvae(path, c):
+    """The published RQ-VAE weights (kakaobrain/rq-vae-transformer; .pt or .safetensors) as an RQVAE, float32.
+
+    c: the section `vae` with the release's sizes, `imagenet-256` for the ImageNet one. Only tensors are read from a
+    .pt file (weights_only). Raises UserError for a file that is not such a release, or not of these sizes.
+    """
+    try:
+        state = load_file(path) if Path(path).suffix == ".safetensors" else torch.load(
+            path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"The file {path} does not exist.") from None
+    except Exception as error:                  # truncated, no torch file, or a pickle with code in it: none is run
+        raise UserError(f"{path} is no RQ-VAE release that can be read safely ({type(error).__name__}).") from None
+    state = state.get("state_dict", state)
+    if any(k.startswith("state_dict.") for k in state):
+        state = {k.removeprefix("state_dict."): v for k, v in state.items() if k.startswith("state_dict.")}
+    # The shared codebook is stored once per depth; its last row is padding, never a code.
+    books = {k: state.pop(k) for k in list(state) if k.startswith("quantizer.codebooks.")}
+    names = {"weight": "codebook", "cluster_size_ema": "cluster_size", "embed_ema": "embed_sum"}
+    for d in range(c.depth):
+        for theirs, ours in names.items():
+            key = f"quantizer.codebooks.{d}.{theirs}"
+            if key not in books:
+                raise UserError(f"{path} has no {key}; it is no RQ-VAE release of depth {c.depth}.")
+            tensor = books[key][:-1] if theirs == "weight" else books[key]
+            if not torch.equal(tensor, state.setdefault(f"quantizer.{ours}", tensor)):
+                raise UserError(f"{path} has a codebook per depth; only one shared by all depths is supported.")
+    vae = RQVAE(c)
+    fill(vae, state, path)
+    return vae.requires_grad_(False).eval()
 
 
 def save_model(path, tensors, meta):

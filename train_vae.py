@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 import data
 import drr
-from common import (CsvLog, grid, learning_rate, load_config, pick_device, replacing, run, save_picture, to_pixels,
+from common import (CsvLog, grid, learning_rate, load_config, pick_device, run, save_picture, to_pixels,
                     training_arguments)
 from drr import UserError
 
@@ -55,13 +55,6 @@ def perceptual_loss(device):
 
 
 # === Looking at it ==================================================================================================
-@torch.no_grad()
-def reconstructions(vae, images):
-    """images (B, 3, S, S) -> (B * (1 + D), 3, S, S): each original, then its decodes from depths 1 .. D."""
-    _, partial_sums = vae.quantizer.quantize(vae.encode_latent(images))             # (B, N, D, n_z)
-    return torch.stack([images, *(vae.decode_latent(p) for p in partial_sums.unbind(-2))], 1).flatten(0, 1)
-
-
 @torch.no_grad()
 def psnr(vae, images):
     """Peak signal-to-noise ratio of the reconstructions in dB, the mean over images (B, 3, S, S)."""
@@ -167,7 +160,7 @@ def main():
                    **{f"perplexity_{d + 1}": v for d, v in enumerate(perplexity)}}
             if step % c.picture_every == 0 or last:
                 vae.eval()
-                save_picture(grid(to_pixels(reconstructions(vae, val[:8])), 1 + c.depth, max(1, 64 // c.resolution)),
+                save_picture(grid(to_pixels(drr.reconstructions(vae, val[:8])), 1 + c.depth, max(1, 64 // c.resolution)),
                              out / f"vae_{step:06d}.png")
                 row["val_psnr"] = psnr(vae, val)
                 vae.train()

@@ -1,0 +1,261 @@
+"""Draws pictures with Draft-and-Revise.
+
+    python sample.py --class 980                                              # 16 volcanoes in one picture
+    python sample.py --class volcano --strip --num 4                          # from the first draft to the last revision
+    python sample.py --image IN.png --region 8,8,24,24 --class 980            # repaint a region as another class
+    python sample.py --reconstruct IN.png                                     # what the RQ-VAE keeps, by depth
+"""
+import argparse
+import difflib
+import math
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+import data
+import drr
+from common import HERE, add_device_arguments, grid, pick_device, run, save_picture, to_pixels
+from drr import UserError
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--class", dest="classes", metavar="C", help="index, folder name (wnid) or name of a class; a comma-separated list "
+        "of them, gone through in turn; or `none` for the null class")
+    add("--num", type=int, metavar="N", help="number of pictures in all (16, or as many as classes)")
+    add("--seed", type=int, default=0, help="picture i of a seed is the same in any batch (0)")
+    add("--out", metavar="PNG", help="the grid of all pictures (samples/CLASS_seedSEED.png)")
+    add("--out-dir", metavar="DIR", help="also one PNG a picture, 000.png, 001.png, ...")
+    add("--strip", action="store_true", help="a row a picture: states of the draft, then each revision")
+    group = parser.add_argument_group("decoding (defaults: the checkpoint's)")
+    group.add_argument("--t-draft", type=int, metavar="T", help="updates of the draft")
+    group.add_argument("--t-revise", type=int, metavar="T", help="updates of each revision")
+    group.add_argument("--m", type=int, metavar="M", dest="rounds", help="revisions")
+    group.add_argument("--temperature", type=float, dest="revise_temperature", metavar="X", help="of the revisions")
+    group.add_argument("--guidance", type=float, dest="revise_guidance", metavar="S", help="of the revisions; 1 is none")
+    group.add_argument("--draft-temperature", type=float, metavar="X")
+    group.add_argument("--draft-guidance", type=float, metavar="S")
+    group.add_argument("--top-k", type=int, metavar="K", help="draw from the K most likely codes; 0: all")
+    group.add_argument("--top-p", type=float, metavar="P", help="draw from the fewest codes that hold this probability")
+    group = parser.add_argument_group("pictures that come in (the central square is what the model sees)")
+    group.add_argument("--image", metavar="PNG", help="repaint a part of this picture")
+    group.add_argument("--region", metavar="X0,Y0,X1,Y1", help="the part to repaint, in the picture's own pixels")
+    group.add_argument("--mask", metavar="PNG", help="the part to repaint: white in a picture of the same size")
+    group.add_argument("--paste", action="store_true", help="put the original pixels back outside the part")
+    group.add_argument("--reconstruct", metavar="PNG", help="show this picture beside its decodes from depth 1 .. D")
+    add("--checkpoint", metavar="DIR", default=str(HERE / "checkpoints" / "tiny-imagenet-32"))
+    add_device_arguments(parser)
+    return parser.parse_args()
+
+
+# === From the command line to class indices, settings and regions ===================================================
+def find_class(text, classes, titles):
+    """The index of the class that `text` names: an index, a folder name, a title, or a part of one title."""
+    wanted = text.strip().lower().replace(" ", "_")
+    if wanted.lstrip("-").isdigit():
+        if not 0 <= int(wanted) < len(classes):
+            raise UserError(f"Class {wanted} does not exist; this checkpoint has classes 0 to {len(classes) - 1}.")
+        return int(wanted)
+    keys = [t.lower().replace(" ", "_") for t in titles]
+    matches = ([i for i, c in enumerate(classes) if wanted == c.lower()] or [i for i, k in enumerate(keys) if wanted == k]
+               or [i for i, k in enumerate(keys) if wanted and wanted in k])
+    if len(matches) == 1:
+        return matches[0]
+    if matches:
+        listed = ", ".join(f"{i} {titles[i]}" for i in matches[:12]) + (", ..." if len(matches) > 12 else "")
+        raise UserError(f"{text!r} fits {len(matches)} classes; give the index of one: {listed}.")
+    near = difflib.get_close_matches(wanted, keys, 3, cutoff=0.5)
+    raise UserError(f"There is no class {text!r}; " + (f"did you mean {', '.join(near)}?" if near else
+                    f"give an index from 0 to {len(classes) - 1}, a wnid or a name."))
+
+
+def pick_classes(text, info):
+    """--class -> class indices, None standing for the null class."""
+    if info.transformer.cond == "none":
+        if text:
+            raise UserError("This checkpoint was trained without classes; leave --class out.")
+        return [None]
+    if info.transformer.cond == "text":
+        raise UserError("This checkpoint is conditioned on text, which sample.py cannot tokenize yet.")
+    if not text:
+        raise UserError("Which class? Give --class an index, a wnid or a name, for example --class 980; `none` for none.")
+    return [None if t.strip() == "none" else find_class(t, info.classes, info.titles) for t in text.split(",")]
+
+
+def settings(args, info, positions):
+    """The checkpoint's section `sample` with the command line's values in it, checked."""
+    c = SimpleNamespace(**vars(info.sample))
+    limits = {"t_draft": (1, positions), "t_revise": (1, positions), "rounds": (0, 1000), "top_k": (0, info.vae.codebook_size),
+              "top_p": (0, 1), "revise_temperature": (0.01, 100), "draft_temperature": (0.01, 100),
+              "revise_guidance": (0, 100), "draft_guidance": (0, 100)}
+    names = {"rounds": "--m", "revise_temperature": "--temperature", "revise_guidance": "--guidance"}
+    for key, (low, high) in limits.items():
+        value = getattr(args, key)
+        if value is not None:
+            if not low <= value <= high or key == "top_p" and value == 0:
+                option = names.get(key, "--" + key.replace("_", "-"))
+                raise UserError(f"{option} is {value}; expected a number {'above' if key == 'top_p' else 'from'} {low} "
+                                f"{'and at most' if key == 'top_p' else 'to'} {high}.")
+            setattr(c, key, value)
+    return c
+
+
+def repaint_mask(args, picture, size):
+    """--region or --mask -> bool (size, size) in the model's pixels, True = repaint."""
+    width, height = picture.size
+    if args.region:
+        try:
+            x0, y0, x1, y1 = (int(v) for v in args.region.split(","))
+        except ValueError:
+            raise UserError(f"--region is {args.region!r}; expected four whole numbers x0,y0,x1,y1.") from None
+        if not (0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height):
+            raise UserError(f"--region {args.region} is empty or reaches outside the picture, which is {width} x {height}; "
+                            "expected 0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height.")
+        mask = np.zeros((height, width), bool)
+        mask[y0:y1, x0:x1] = True
+    else:
+        mask_picture = data.open_image(args.mask).convert("L")
+        if mask_picture.size != picture.size:
+            raise UserError(f"The mask is {mask_picture.width} x {mask_picture.height} and the picture {width} x {height}; "
+                            "they must have the same size.")
+        mask = np.array(mask_picture) >= 128
+    left, top, side = data.crop_box(width, height, 0, 0)
+    rows, columns = np.nonzero(mask)
+    rows, columns = rows - top, columns - left                    # pixel corners, relative to the square
+    seen = (rows > -1) & (rows < side) & (columns > -1) & (columns < side)
+    result = np.zeros((size, size), bool)
+    if side >= size:                                              # every pixel falls into one of the model's
+        result[(rows[seen] * size / side).clip(0).astype(int), (columns[seen] * size / side).clip(0).astype(int)] = True
+    else:                                                         # the picture is enlarged: so is its mask
+        square = np.array(Image.fromarray(mask).crop((math.floor(left), math.floor(top), math.floor(left) + side,
+                                                      math.floor(top) + side)))
+        result = np.array(Image.fromarray(square).resize((size, size), Image.NEAREST))
+    if not result.any():
+        raise UserError("Nothing is left to repaint: the region is empty or outside the central square of the picture, "
+                        "which is all that the model sees.")
+    return torch.from_numpy(result)
+
+
+def check_writable(path):
+    """Fails before the work rather than after it."""
+    path.mkdir(parents=True, exist_ok=True)
+    probe = path / f".{time.time_ns()}.tmp"
+    probe.touch()
+    probe.unlink()
+
+
+# === Pictures =======================================================================================================
+def strip_states(c):
+    """Which updates a strip shows: six of the draft, and the end of each revision."""
+    draft = sorted({round(t) for t in np.linspace(0, c.t_draft - 1, 6)})
+    return [*draft, *(c.t_draft - 1 + c.t_revise * m for m in range(1, c.rounds + 1))]
+
+
+def hide(images, hidden):
+    """Paints the hidden stacks of images (B, 3, S, S) grey."""
+    side = math.isqrt(hidden.shape[1])
+    grey = hidden.view(-1, 1, side, side).float()
+    return torch.where(torch.nn.functional.interpolate(grey, images.shape[-1]) > 0, 0.0, images)
+
+
+def generate(model, cond, indices, seed, c, bar, codes=None, region=None, keep=()):
+    """Pictures (B, 3, S, S) for the conditions cond (B, L), and the states whose numbers are in `keep`, as pictures."""
+    N, D = model.transformer.positions, model.transformer.depth
+    noise = drr.draw_noise(seed, indices, 1 + c.rounds, N, D)
+    states = []
+    for number, state in enumerate(drr.draft_and_revise(model, cond, noise, c, codes, region)):
+        bar.update(len(indices))
+        bar.set_postfix_str(f"{state.phase} {state.round or ''}", refresh=False)
+        if number in keep:
+            states.append(hide(model.decode(state.codes), state.hidden))
+    return model.decode(state.codes), states
+
+
+def main():
+    args = parse_arguments()
+    device, dtype = pick_device(args)
+    if not Path(args.checkpoint).is_dir():
+        raise UserError(f"The checkpoint folder {args.checkpoint} does not exist; give --checkpoint a folder with "
+                        "vae.safetensors and transformer.safetensors, for example runs/PRESET.")
+    if args.reconstruct:
+        if args.classes or args.image or args.strip or args.out_dir:
+            raise UserError("--reconstruct goes with --out, --checkpoint and --device only.")
+        vae, _ = drr.load_vae(Path(args.checkpoint) / "vae.safetensors")
+        original = data.to_float(data.crop(data.open_image(args.reconstruct), vae.size)[None], device)
+        out = Path(args.out or "samples/reconstruction.png")
+        check_writable(out.parent)
+        images = drr.reconstructions(vae.to(device), original)
+        save_picture(grid(to_pixels(images), len(images), max(1, 256 // vae.size)), out)
+        return print(f"original, then depths 1 to {len(images) - 1} -> {out}")
+
+    if bool(args.image) != bool(args.region or args.mask) or args.region and args.mask or args.paste and not args.image:
+        raise UserError("Repainting needs --image with either --region or --mask; --paste goes with them.")
+    vae, transformer, info = drr.load_checkpoint(args.checkpoint)
+    classes = pick_classes(args.classes, info)
+    c = settings(args, info, transformer.positions)
+    num = args.num if args.num is not None else max(16, len(classes))
+    if not len(classes) <= num <= 100_000:
+        raise UserError(f"--num is {num}; expected a number from {len(classes)} (one for each class) to 100000.")
+    if not 0 <= args.seed < 2 ** 63:
+        raise UserError(f"--seed is {args.seed}; expected a number from 0 to {2 ** 63 - 1}.")
+    original = mask = None
+    if args.image:
+        picture = data.open_image(args.image)
+        mask = repaint_mask(args, picture, vae.size)
+        original = data.to_float(data.crop(picture, vae.size)[None], device)
+    name = (args.classes or "sample").replace(",", "-").replace(" ", "_").replace("/", "_")[:40]
+    out = Path(args.out or f"samples/{name}_seed{args.seed}.png")
+    check_writable(out.parent)
+    if args.out_dir:
+        check_writable(Path(args.out_dir))
+
+    # --- codes, in batches; then pixels ------------------------------------------------------------------------------
+    model = drr.TorchModel(vae, transformer, device, dtype)
+    codes = region = None
+    if args.image:                                            # a stack is drawn anew if any of its pixels is
+        f = vae.size // vae.side
+        region = mask.view(vae.side, f, vae.side, f).any(3).any(1).flatten().to(device)
+        codes = model.encode(original)
+        c.t_draft, c.t_revise = min(c.t_draft, int(region.sum())), min(c.t_revise, int(region.sum()))
+    labels = [model.null if k is None else k for k in (classes[i % len(classes)] for i in range(num))]
+    keep = strip_states(c) if args.strip else ()
+    images, states, started = [], [], time.time()
+    with tqdm(total=num * (c.t_draft + c.rounds * c.t_revise), desc="sampling", unit="update", unit_scale=True) as bar:
+        for first in range(0, num, c.batch_size):
+            part = range(first, min(first + c.batch_size, num))
+            cond = torch.tensor([[labels[i]] for i in part], device=device)
+            known = None if codes is None else codes.expand(len(part), -1, -1)
+            batch, batch_states = generate(model, cond, part, args.seed, c, bar, known, region, keep)
+            images.append(batch)
+            states.append(torch.stack(batch_states, 1) if keep else batch)
+    images = torch.cat(images)
+    if args.paste:
+        images = torch.where(mask.to(device), images, original)
+    pixels, seconds = to_pixels(images), time.time() - started
+
+    # --- files -------------------------------------------------------------------------------------------------------
+    scale = max(1, 128 // vae.size)
+    if args.strip:
+        picture = grid(to_pixels(torch.cat(states).flatten(0, 1)), len(keep), scale)
+    elif args.image:
+        shown = torch.cat([original, torch.where(mask.to(device), 0.0, original)])
+        picture = grid(np.concatenate([to_pixels(shown), pixels]), min(num + 2, 6), scale)
+    else:
+        picture = grid(pixels, len(classes) if 1 < len(classes) <= 16 else math.ceil(math.sqrt(num)), scale)
+    save_picture(picture, out)
+    if args.out_dir:
+        for i, image in enumerate(pixels):
+            save_picture(Image.fromarray(image), Path(args.out_dir) / f"{i:03d}.png")
+    named = ", ".join("no class" if k is None else f"{info.titles[k]} ({k})" for k in classes[:8])
+    print(f"{named}{', ...' if len(classes) > 8 else ''}: {num} images in {seconds:.1f} s, {seconds / num:.2f} s per image "
+          f"({device}, {str(dtype)[6:]}) -> {out}" + (f" and {args.out_dir}/" if args.out_dir else ""))
+
+
+if __name__ == "__main__":
+    run(main)
