@@ -41,7 +41,7 @@ def main():
     # --- set-up ------------------------------------------------------------------------------------------------------
     parser = training_arguments(__doc__)
     parser.add_argument("--vae", metavar="FILE", help="the trained RQ-VAE (OUT/vae.safetensors)")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     config = load_config(args.preset, args.overrides)
     c, out = config.transformer, Path(args.out or f"runs/{args.preset}")
     device, dtype = pick_device(args)

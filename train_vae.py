@@ -66,7 +66,7 @@ def main():
     # --- set-up ------------------------------------------------------------------------------------------------------
     parser = training_arguments(__doc__)
     parser.add_argument("--official", metavar="FILE", help="convert the published RQ-VAE weights; no training")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     config = load_config(args.preset, args.overrides)
     c, out = config.vae, Path(args.out or f"runs/{args.preset}")
     device, dtype = pick_device(args)

@@ -1,0 +1,52 @@
+"""What the tests share: the path to the scripts, small configurations, small models."""
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+REPO = Path(__file__).resolve().parent.parent
+TESTS = REPO / "tests"
+sys.path.insert(0, str(REPO))
+sys.dont_write_bytecode = True
+
+import drr  # after the path to it
+
+
+@pytest.fixture(autouse=True, scope="session")
+def two_threads():
+    torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+def vae_section(**changes):
+    """A section `vae` of the sizes of fixtures/rqvae.safetensors."""
+    values = dict(resolution=32, ch=32, ch_mult=[1, 2, 2], num_res_blocks=1, attn_resolutions=[8], z_channels=32,
+                  code_dim=32, codebook_size=64, depth=4, ema_decay=0.99)
+    return SimpleNamespace(**{**values, **changes})
+
+
+def transformer_section(**changes):
+    values = dict(n_spatial=2, n_depth=2, d_model=32, head_dim=16, cond="class", text_length=3, text_vocab=11)
+    return SimpleNamespace(**{**values, **changes})
+
+
+def sample_section(**changes):
+    values = dict(t_draft=4, t_revise=2, rounds=2, draft_temperature=1.0, revise_temperature=0.8, draft_guidance=1.0,
+                  revise_guidance=1.8, top_k=0, top_p=1.0, batch_size=16)
+    return SimpleNamespace(**{**values, **changes})
+
+
+def tiny_transformer(positions=16, depth=4, classes=5, codebook_size=24, code_dim=8, seed=0, std=0.2, **changes):
+    """A transformer with weights large enough that every input matters visibly."""
+    generator = torch.Generator().manual_seed(seed)
+    codebook = torch.randn(codebook_size, code_dim, generator=generator)
+    model = drr.ContextualRQTransformer(transformer_section(**changes), classes, positions, depth, codebook)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn(p.shape, generator=generator), alpha=std)
+    return model.requires_grad_(False).eval()
+
+
+def random_codes(*shape, codebook_size=24, seed=0):
+    return torch.randint(codebook_size, shape, generator=torch.Generator().manual_seed(seed))
