@@ -82,10 +82,6 @@ def to_namespace(config):
     return SimpleNamespace(**{section: SimpleNamespace(**values) for section, values in config.items()})
 
 
-def to_dict(config):
-    return {section: dict(vars(values)) for section, values in vars(config).items()}
-
-
 # === Command line, errors, devices ==================================================================================
 def run(main):
     """Calls main(); a user's mistake, a full disk and the like end in one sentence and exit status 2."""

@@ -132,6 +132,8 @@ def main():
         if step % c.save_every == 0 or last:
             drr.save_transformer(out / "transformer.safetensors", ema, config, classes, titles, vae)
             drr.save_state(state_file, parts, step, c)
+    if start >= c.steps:       # nothing was left to train: write the result again, with today's sampling defaults
+        drr.save_transformer(out / "transformer.safetensors", ema, config, classes, titles, vae)
     print(f"wrote {out / 'transformer.safetensors'}")
 
 

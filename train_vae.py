@@ -97,7 +97,7 @@ def main():
         disc_opt = torch.optim.Adam(disc.parameters(), lr=c.lr, betas=tuple(c.betas))
     parts = {"vae": vae, "opt": opt, "disc": disc, "disc_opt": disc_opt}
     state_file = out / "vae_state.pt"
-    start = drr.load_state(state_file, parts, config.vae) if args.resume else 0
+    start = drr.load_state(state_file, parts, c) if args.resume else 0
     forward = torch.compile(vae) if c.compile else vae
     autocast = torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext()
     out.mkdir(parents=True, exist_ok=True)
@@ -110,7 +110,7 @@ def main():
     bar = tqdm(views.batches(start, c.steps), "train_vae", c.steps, initial=start, unit="step")
     for step, (batch, _, bad) in enumerate(bar, start):
         unreadable += bad
-        generator = torch.Generator().manual_seed(hash((config.data.seed, step)))
+        generator = torch.Generator().manual_seed(config.data.seed * 1_000_003 + step)
         adversarial = disc is not None and step >= c.disc_start
         for group in (opt, disc_opt) if disc is not None else (opt,):
             group.param_groups[0]["lr"] = learning_rate(step, c, c.decay)
@@ -171,7 +171,7 @@ def main():
                        + (f" psnr {row['val_psnr']:.2f} dB" if "val_psnr" in row else ""))
         if step % c.save_every == 0 or last:
             drr.save_vae(out / "vae.safetensors", vae, config)
-            drr.save_state(state_file, parts, step, config.vae)
+            drr.save_state(state_file, parts, step, c)
     print(f"wrote {out / 'vae.safetensors'}")
 
 
