@@ -1,10 +1,8 @@
 """What the scripts share besides the method itself: configuration, devices, logs, pictures, errors, safe writing."""
 import argparse
-import contextlib
 import csv
 import difflib
 import math
-import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +11,7 @@ import torch
 import yaml
 from PIL import Image
 
-from drr import UserError
+from drr import UserError, replacing
 
 HERE = Path(__file__).resolve().parent
 
@@ -137,19 +135,6 @@ def pick_device(args):
 
 
 # === Logs, pictures, safe writing ===================================================================================
-@contextlib.contextmanager
-def replacing(path):
-    """Gives a temporary path beside `path` to write to; moves it there only if all went well."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 class CsvLog:
     """Appends rows to a CSV file; a resumed run drops the rows of the steps it will do again."""
 
@@ -178,8 +163,8 @@ def to_pixels(images):
 
 
 def grid(pixels, columns, scale=1):
-    """pixels uint8 (B, S, S, 3) -> one PIL picture, row by row, each image enlarged `scale` times (bicubic), 2 px apart."""
-    side = pixels.shape[1] * scale
+    """B pictures, uint8 (S, S, 3) -> one PIL picture, row by row, each image enlarged `scale` times (bicubic), 2 px apart."""
+    side = pixels[0].shape[0] * scale
     rows = math.ceil(len(pixels) / columns)
     canvas = Image.new("RGB", (columns * (side + 2) - 2, rows * (side + 2) - 2), "white")
     for i, image in enumerate(pixels):

@@ -4,6 +4,7 @@ A *view* is one square crop of one file: view 0 is the central square, the other
 the same in every run. A data set is a fixed list of views, so that a picture in memory, one decoded by a worker and
 one whose codes were computed last week are the same picture.
 """
+import contextlib
 import hashlib
 import json
 import os
@@ -34,7 +35,7 @@ def find_images(directory, split="train"):
         raise UserError(f"The data folder {directory} does not exist; give --data a folder of images.")
     if (root / "train").is_dir() or split != "train":
         root = root / split
-    files = sorted(p for p in root.rglob("*") if p.suffix.lower() in EXTENSIONS and p.is_file())
+    files = sorted(p for p in root.rglob("*") if p.suffix.lower() in EXTENSIONS and p.name[0] != "." and p.is_file())
     if not files:
         raise UserError(f"{root} holds no images; expected DIR/train/<class>/*.jpg or a folder of images "
                         f"({', '.join(sorted(EXTENSIONS))}).")
@@ -207,8 +208,12 @@ def validation_images(directory, size, count, classes):
     files, labels, names = find_images(directory, "val")
     known = [i for i in range(len(files)) if names[labels[i]] in classes]
     pick = [known[i] for i in np.linspace(0, len(known) - 1, min(count, len(known))).astype(int)] if known else []
-    pictures = [(crop(open_image(files[i]), size), classes.index(names[labels[i]])) for i in pick]
-    return (torch.stack([p for p, _ in pictures]), torch.tensor([l for _, l in pictures])) if pick else (None, None)
+    pictures, found = [], []
+    for i in pick:
+        with contextlib.suppress(UserError):                  # a damaged file is not fatal here either
+            pictures.append(crop(open_image(files[i]), size))
+            found.append(classes.index(names[labels[i]]))
+    return (torch.stack(pictures), torch.tensor(found)) if pictures else (None, None)
 
 
 # === Token cache: views -> codes, computed once =====================================================================

@@ -15,6 +15,7 @@ Symbols, everywhere in this project:
 
 "Eq." and "Alg." are those of the paper above; "RQ-VAE" is its predecessor, arXiv 2203.01941.
 """
+import contextlib
 import hashlib
 import json
 import math
@@ -584,6 +585,23 @@ class TorchModel:
 
 
 # === Checkpoints: safetensors that carry their configuration ========================================================
+@contextlib.contextmanager
+def replacing(path):
+    """Gives a temporary path beside `path` to write to, and moves it there only when all of it has been written.
+    Raises UserError when the disk is full or the place cannot be written to; what was there before stays."""
+    path = Path(path)
+    temporary = path.with_name(f".{os.getpid()}.{path.name}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        os.replace(temporary, path)
+    except (OSError, SafetensorError, RuntimeError) as error:      # torch.save turns a full disk into a RuntimeError
+        raise UserError(f"{path} could not be written ({error}); free some space or choose another place.") from None
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
 def save_vae(path, vae, config):
     """Writes the RQ-VAE and the configuration's section `vae`, all or nothing."""
     save_model(path, vae.state_dict(), {"vae": vars(config.vae)})
@@ -610,7 +628,7 @@ def load_vae(path):
     damaged, or not an RQ-VAE of this project."""
     tensors, meta = read_model(path)
     c = section(meta, "vae", path)
-    vae = RQVAE(c)
+    vae = build(path, RQVAE, c)
     fill(vae, tensors, path)
     return vae.requires_grad_(False).eval(), c
 
@@ -628,8 +646,8 @@ def load_checkpoint(directory):
     if meta.get("vae") != fingerprint(vae):
         raise UserError(f"{path} was trained on the codes of another RQ-VAE than {path.with_name('vae.safetensors')}; "
                         "keep the two files of one training together.")
-    transformer = ContextualRQTransformer(info.transformer, conditions(info.transformer, info.classes), vae.side ** 2,
-                                          info.vae.depth, vae.quantizer.codebook)
+    transformer = build(path, lambda c: ContextualRQTransformer(c, conditions(c, info.classes), vae.side ** 2,
+                                                                info.vae.depth, vae.quantizer.codebook), info.transformer)
     fill(transformer, tensors, path)
     return vae, transformer.requires_grad_(False).eval(), info
 
@@ -638,6 +656,13 @@ def section(meta, name, path):
     if not isinstance(meta.get(name), dict):
         raise UserError(f"{path} carries no configuration of a {name}; is it another file under that name?")
     return SimpleNamespace(**meta[name])
+
+
+def build(path, constructor, c):
+    try:
+        return constructor(c)
+    except (AttributeError, TypeError, ValueError, KeyError, RuntimeError) as error:
+        raise UserError(f"The configuration that {path} carries is not one of this version ({error}).") from None
 
 
 def conditions(c, classes):
@@ -678,15 +703,8 @@ def load_official_rqvae(path, c):
 
 
 def save_model(path, tensors, meta):
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")
-    try:
-        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary,
-                  {"drr": json.dumps(meta)})
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as temporary:
+        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, {"drr": json.dumps(meta)})
 
 
 def read_model(path):
@@ -713,14 +731,9 @@ def fill(module, tensors, path, **options):
 
 def save_state(path, parts, step, section):
     """Everything a resumed run needs: the state of each part (module, optimizer or None), the step, the configuration."""
-    path = Path(path)
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")
-    try:
-        states = {name: part.state_dict() for name, part in parts.items() if part is not None}
+    states = {name: part.state_dict() for name, part in parts.items() if part is not None}
+    with replacing(path) as temporary:
         torch.save({"step": step, "config": vars(section), **states}, temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def load_state(path, parts, section):

@@ -8,6 +8,7 @@
 import argparse
 import difflib
 import math
+import tempfile
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -142,12 +143,12 @@ def repaint_mask(args, picture, size):
     return torch.from_numpy(result)
 
 
-def check_writable(path):
+def check_writable(picture):
     """Fails before the work rather than after it."""
-    path.mkdir(parents=True, exist_ok=True)
-    probe = path / f".{time.time_ns()}.tmp"
-    probe.touch()
-    probe.unlink()
+    if picture.suffix.lower() != ".png" or picture.is_dir():
+        raise UserError(f"{picture} cannot be the picture; expected the name of a file that ends in .png.")
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=picture.parent).close()
 
 
 # === Pictures =======================================================================================================
@@ -189,7 +190,7 @@ def main():
         vae, _ = drr.load_vae(Path(args.checkpoint) / "vae.safetensors")
         original = data.to_float(data.crop(data.open_image(args.reconstruct), vae.size)[None], device)
         out = Path(args.out or "samples/reconstruction.png")
-        check_writable(out.parent)
+        check_writable(out)
         images = drr.reconstructions(vae.to(device), original)
         save_picture(grid(to_pixels(images), len(images), max(1, 256 // vae.size)), out)
         return print(f"original, then depths 1 to {len(images) - 1} -> {out}")
@@ -211,9 +212,9 @@ def main():
         original = data.to_float(data.crop(picture, vae.size)[None], device)
     name = (args.classes or "sample").replace(",", "-").replace(" ", "_").replace("/", "_")[:40]
     out = Path(args.out or f"samples/{name}_seed{args.seed}.png")
-    check_writable(out.parent)
+    check_writable(out)
     if args.out_dir:
-        check_writable(Path(args.out_dir))
+        check_writable(Path(args.out_dir) / "000.png")
 
     # --- codes, in batches; then pixels ------------------------------------------------------------------------------
     model = drr.TorchModel(vae, transformer, device, dtype)
@@ -225,7 +226,7 @@ def main():
         c.t_draft, c.t_revise = min(c.t_draft, int(region.sum())), min(c.t_revise, int(region.sum()))
     labels = [model.null if k is None else k for k in (classes[i % len(classes)] for i in range(num))]
     keep = strip_states(c) if args.strip else ()
-    images, states, started = [], [], time.time()
+    pixels, states, started = [], [], time.time()
     updates = (c.t_draft + c.rounds * c.t_revise) * math.ceil(num / c.batch_size)
     with tqdm(total=updates, desc="sampling", unit="update") as bar:
         for first in range(0, num, c.batch_size):
@@ -235,30 +236,30 @@ def main():
             padded = range(first, first + 2 ** math.ceil(math.log2(len(part))))
             cond = torch.tensor([[labels[i % num]] for i in padded], device=device)
             known = None if codes is None else codes.expand(len(padded), -1, -1)
-            batch, batch_states = generate(model, cond, padded, args.seed, c, bar, known, region, keep)
-            images.append(batch[:len(part)])
-            states.extend(torch.stack(batch_states, 1)[:len(part)] if keep else ())
-    images = torch.cat(images)
-    if args.paste:
-        images = torch.where(mask.to(device), images, original)
-    pixels, seconds = to_pixels(images), time.time() - started
+            images, batch_states = generate(model, cond, padded, args.seed, c, bar, known, region, keep)
+            if args.paste:
+                images = torch.where(mask.to(device), images, original)
+            pixels.extend(to_pixels(images[:len(part)]))
+            states.extend(to_pixels(torch.cat(batch_states)).reshape(len(keep), len(padded), vae.size, vae.size, 3)
+                          .swapaxes(0, 1)[:len(part)] if keep else ())
+            for i in part if args.out_dir else ():
+                save_picture(Image.fromarray(pixels[i]), Path(args.out_dir) / f"{i:03d}.png")
+    seconds = time.time() - started
 
-    # --- files -------------------------------------------------------------------------------------------------------
-    scale = max(1, 128 // vae.size)
+    # --- the grid ----------------------------------------------------------------------------------------------------
+    scale, shown = max(1, 128 // vae.size), min(num, 400)
     if args.strip:
-        picture = grid(to_pixels(torch.cat(states)), len(keep), scale)
+        picture = grid(np.concatenate(states[:shown]), len(keep), scale)
     elif args.image:
-        shown = torch.cat([original, torch.where(mask.to(device), 0.0, original)])
-        picture = grid(np.concatenate([to_pixels(shown), pixels]), min(num + 2, 6), scale)
+        first = to_pixels(torch.cat([original, torch.where(mask.to(device), 0.0, original)]))
+        picture = grid([*first, *pixels[:shown]], min(shown + 2, 6), scale)
     else:
-        picture = grid(pixels, len(classes) if 1 < len(classes) <= 16 else math.ceil(math.sqrt(num)), scale)
+        picture = grid(pixels[:shown], len(classes) if 1 < len(classes) <= 16 else math.ceil(math.sqrt(shown)), scale)
     save_picture(picture, out)
-    if args.out_dir:
-        for i, image in enumerate(pixels):
-            save_picture(Image.fromarray(image), Path(args.out_dir) / f"{i:03d}.png")
     named = ", ".join("no class" if k is None else f"{info.titles[k]} ({k})" for k in classes[:8])
     print(f"{named}{', ...' if len(classes) > 8 else ''}: {num} images in {seconds:.1f} s, {seconds / num:.2f} s per image "
-          f"({device}, {str(dtype)[6:]}) -> {out}" + (f" and {args.out_dir}/" if args.out_dir else ""))
+          f"({device}, {str(dtype)[6:]}) -> {out}"
+          + (f" (the first {shown})" if shown < num else "") + (f" and {args.out_dir}/" if args.out_dir else ""))
 
 
 if __name__ == "__main__":
