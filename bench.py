@@ -19,7 +19,7 @@ def decode_flops(transformer, c, draft_guided=False, revise_guided=True):
     `sample`. LayerNorm, GELU and softmax are not counted, as in torch's own counter."""
     d, K, n_z = transformer.ln.weight.numel(), *transformer.codebook.shape
     N, D, T = transformer.positions, transformer.depth, transformer.positions + transformer.cond_length
-    block = lambda tokens, keys: tokens * (24 * d * d + 4 * keys * d)          # 12 d^2 weights; q k^T and its product with v
+    block = lambda tokens, keys: tokens * (24 * d * d + 4 * keys * d)          # 12 d^2 weights; q k^T, and the sum of v
     spatial = len(transformer.spatial) * block(T, T) + 2 * N * n_z * d
     stack = sum(len(transformer.depthwise) * block(1, t + 1) + 2 * d * K + 2 * n_z * d * (t > 0) for t in range(D))
     draft = c.t_draft * spatial + N * stack
@@ -33,17 +33,17 @@ def synchronize(device):
 
 
 def matrix_rate(device, dtype, seconds=2.0):
-    """Operations per second of the best of several large square matrix products."""
+    """Operations per second of large square matrix products, the median over `seconds`."""
     n = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    best, stop = float("inf"), time.perf_counter() + seconds
+    times, stop = [], time.perf_counter() + seconds
     while time.perf_counter() < stop:
         synchronize(device)
         start = time.perf_counter()
         a @ b
         synchronize(device)
-        best = min(best, time.perf_counter() - start)
-    return 2 * n ** 3 / best
+        times.append(time.perf_counter() - start)
+    return 2 * n ** 3 / statistics.median(times)
 
 
 def main():
@@ -72,7 +72,7 @@ def main():
                 model.decode(last.codes)
                 synchronize(device)
                 times.append(time.perf_counter() - start)
-            seconds, rate = statistics.median(times[1:]), max(rates)
+            seconds, rate = statistics.median(times[1:]), statistics.median(rates)
             flops = decode_flops(transformer, c, c.draft_guidance != 1, c.revise_guidance != 1)
             reached = flops * batch / seconds
             print(f"{batch:5d}  {c.t_draft:7d}  {seconds / batch:11.4f}  {batch / seconds:12.2f}  {flops / 1e9:15.1f}  "

@@ -85,8 +85,8 @@ def run(main):
     """Calls main(); a user's mistake, a full disk and the like end in one sentence and exit status 2."""
     try:
         main()
-    except UserError as error:
-        sys.exit(fail(error))
+    except UserError as error:      # from a worker process it comes with the worker's traceback in front
+        sys.exit(fail(str(error).strip().splitlines()[-1].removeprefix("drr.UserError: ")))
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
         sys.exit(fail(f"The operating system refused: {error.strerror or error}{where}."))
@@ -163,7 +163,7 @@ def to_pixels(images):
 
 
 def grid(pixels, columns, scale=1):
-    """B pictures, uint8 (S, S, 3) -> one PIL picture, row by row, each image enlarged `scale` times (bicubic), 2 px apart."""
+    """B pictures, uint8 (S, S, 3) -> one PIL picture, row by row, each enlarged `scale` times (bicubic), 2 px apart."""
     side = pixels[0].shape[0] * scale
     rows = math.ceil(len(pixels) / columns)
     canvas = Image.new("RGB", (columns * (side + 2) - 2, rows * (side + 2) - 2), "white")

@@ -46,7 +46,7 @@ def find_images(directory, split="train"):
 
 
 def class_titles(directory, classes):
-    """Names for people: those of DIR/classes.tsv (columns with `wnid` and `name`) where it has them, else the folder's."""
+    """Names for people: those of DIR/classes.tsv (columns `wnid` and `name`) where it has them, else the folder's."""
     path = Path(directory) / "classes.tsv"
     titles = {}
     if path.exists():
@@ -105,7 +105,8 @@ class Views(torch.utils.data.Dataset):
     """
 
     def __init__(self, files, labels, size, batch_size, c):
-        self.size, self.batch_size, self.seed, self.balance, self.workers = size, batch_size, c.seed, c.balance, c.workers
+        self.size, self.batch_size = size, batch_size
+        self.seed, self.balance, self.workers = c.seed, c.balance, c.workers
         per_class = np.bincount(labels)                                       # n_c, files of each class
         count = np.maximum(c.views, np.ceil(c.class_views / np.maximum(per_class, 1))).astype(int)[labels]
         self.images = None

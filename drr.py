@@ -714,7 +714,7 @@ def read_model(path):
             meta = f.metadata() or {}
         return load_file(path), json.loads(meta["drr"])
     except FileNotFoundError:
-        raise UserError(f"The checkpoint {path} does not exist; train one or give --checkpoint a folder that has it.") from None
+        raise UserError(f"The checkpoint {path} does not exist; train it or name a folder that has it.") from None
     except (SafetensorError, KeyError, ValueError) as error:
         raise UserError(f"{path} is no checkpoint of this project, or a damaged one ({type(error).__name__}: {error}); "
                         "copy or train it again.") from None
@@ -726,11 +726,11 @@ def fill(module, tensors, path, **options):
         module.load_state_dict(tensors, **options)
     except RuntimeError as error:
         first = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
-        raise UserError(f"The weights in {path} belong to another architecture than its configuration: {first}") from None
+        raise UserError(f"The weights in {path} belong to another architecture than expected: {first}") from None
 
 
 def save_state(path, parts, step, section):
-    """Everything a resumed run needs: the state of each part (module, optimizer or None), the step, the configuration."""
+    """All that a resumed run needs: the state of each part (module, optimizer or None), the step, the configuration."""
     states = {name: part.state_dict() for name, part in parts.items() if part is not None}
     with replacing(path) as temporary:
         torch.save({"step": step, "config": vars(section), **states}, temporary)
@@ -743,7 +743,8 @@ def load_state(path, parts, section):
     except FileNotFoundError:
         raise UserError(f"There is nothing to resume: {path} does not exist; start without --resume.") from None
     except Exception as error:                       # truncated, no torch file, or a pickle with code in it
-        raise UserError(f"{path} is damaged or no training state ({type(error).__name__}); start without --resume.") from None
+        raise UserError(f"{path} is damaged or no training state ({type(error).__name__}); "
+                        "start without --resume.") from None
     changed = [k for k, v in vars(section).items() if state["config"].get(k) != v]
     if changed:
         print(f"resuming with other values than before: {', '.join(changed)}")

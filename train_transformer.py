@@ -48,7 +48,8 @@ def main():
     if not args.data:
         raise UserError("Training needs --data DIR, a folder with DIR/train/<class>/*.jpg or with images.")
     if c.batch_size % c.accumulate:
-        raise UserError(f"transformer.batch_size {c.batch_size} is no multiple of transformer.accumulate {c.accumulate}.")
+        raise UserError(f"transformer.batch_size {c.batch_size} is no multiple of transformer.accumulate "
+                        f"{c.accumulate}; change one of them.")
     if c.cond == "text":
         raise UserError("This trainer has no text data yet; use transformer.cond=class or transformer.cond=none.")
     vae, config.vae = drr.load_vae(args.vae or out / "vae.safetensors")
@@ -68,12 +69,13 @@ def main():
 
     # --- model -------------------------------------------------------------------------------------------------------
     n = drr.conditions(c, classes)
-    transformer = drr.ContextualRQTransformer(c, n, vae.side ** 2, vae.quantizer.depth, vae.quantizer.codebook).to(device)
+    transformer = drr.ContextualRQTransformer(c, n, vae.side ** 2, vae.quantizer.depth, vae.quantizer.codebook)
+    transformer.to(device)
     matrices = [p for p in transformer.parameters() if p.dim() > 1]
     vectors = [p for p in transformer.parameters() if p.dim() == 1]               # biases and gains do not decay
     opt = torch.optim.AdamW([{"params": matrices, "weight_decay": c.weight_decay},
                              {"params": vectors, "weight_decay": 0.0}], lr=c.lr, betas=tuple(c.betas), fused=True)
-    ema = copy.deepcopy(transformer).requires_grad_(False).eval()                 # the weights' moving average: the result
+    ema = copy.deepcopy(transformer).requires_grad_(False).eval()                 # the result: a moving average
     parts = {"transformer": transformer, "ema": ema, "opt": opt}
     state_file = out / "transformer_state.pt"
     start = drr.load_state(state_file, parts, c) if args.resume else 0
@@ -121,13 +123,15 @@ def main():
             if step % c.picture_every == 0 or last:
                 if val is not None:
                     noise = training_noise(config.data.seed, 0, len(val), vae.side ** 2)[0]            # always the same
-                    row["val_loss"] = validation_loss(ema, val, drr.random_mask(noise).to(device), to_cond(val_labels), dtype)
+                    mask = drr.random_mask(noise).to(device)
+                    row["val_loss"] = validation_loss(ema, val, mask, to_cond(val_labels), dtype)
                 save_picture(sample_grid(vae, ema, n, config, device, dtype), out / f"samples_{step:06d}.png")
                 clock = time.time()
             log.write(row)
             bar.set_postfix_str(f"loss {row['loss']:.3f} {rate:.0f} img/s")
-            tqdm.write(f"step {step} loss {row['loss']:.3f} by depth {' '.join(f'{v:.2f}' for v in loss.tolist())} accuracy "
-                       f"{' '.join(f'{v:.3f}' for v in accuracy.tolist())} grad {row['grad_norm']:.2f} {rate:.0f} img/s"
+            tqdm.write(f"step {step} loss {row['loss']:.3f} by depth {' '.join(f'{v:.2f}' for v in loss.tolist())} "
+                       f"accuracy {' '.join(f'{v:.3f}' for v in accuracy.tolist())} grad {row['grad_norm']:.2f} "
+                       f"{rate:.0f} img/s"
                        + (f" val_loss {row['val_loss']:.4f}" if row["val_loss"] != "" else ""))
         if step % c.save_every == 0 or last:
             drr.save_transformer(out / "transformer.safetensors", ema, config, classes, titles, vae)

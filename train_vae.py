@@ -39,7 +39,8 @@ def hinge_loss(real, fake):
 
 def adaptive_weight(reconstruction, adversarial, last_layer):
     """lambda = ||grad L_rec|| / (||grad L_gan|| + 1e-6) at the decoder's last layer (VQGAN, Eq. 7), in [0, 1e4]."""
-    norms = [torch.autograd.grad(loss, last_layer, retain_graph=True)[0].norm() for loss in (reconstruction, adversarial)]
+    norms = [torch.autograd.grad(loss, last_layer, retain_graph=True)[0].norm()
+             for loss in (reconstruction, adversarial)]
     return (norms[0] / (norms[1] + 1e-6)).clamp(0, 1e4).detach()
 
 
@@ -49,9 +50,10 @@ def perceptual_loss(device):
         import lpips
         return lpips.LPIPS(net="vgg", verbose=False).to(device).eval().requires_grad_(False)
     except Exception as error:  # not installed, torchvision broken, weights out of reach: all mean the same to the user
-        raise UserError(f"The perceptual loss needs the package lpips and VGG16's weights, which it downloads once, but "
-                        f"{type(error).__name__}: {str(error).splitlines()[0]}; pip install lpips torchvision, or switch "
-                        "it off with vae.perceptual_weight=0.") from None
+        reason = (str(error).splitlines() or [""])[0]
+        raise UserError("The perceptual loss needs the package lpips and VGG16's weights, which it downloads once, but got "
+                        f"{type(error).__name__}: {reason}; pip install lpips torchvision, or switch it off with "
+                        "vae.perceptual_weight=0.") from None
 
 
 # === Looking at it ==================================================================================================
@@ -76,7 +78,7 @@ def main():
     if not args.data:
         raise UserError("Training needs --data DIR, a folder with DIR/train/<class>/*.jpg or with images.")
     if c.batch_size % c.accumulate:
-        raise UserError(f"vae.batch_size {c.batch_size} is no multiple of vae.accumulate {c.accumulate}.")
+        raise UserError(f"vae.batch_size {c.batch_size} is no multiple of vae.accumulate {c.accumulate}; change one.")
     torch.manual_seed(config.data.seed)                        # the initial weights; nothing else draws from it
 
     # --- data --------------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """A measuring instrument, no part of the method: how often does a classifier recognise what was drawn?
 
     python tools/class_accuracy.py train --data DIR --net runs/net.safetensors       # a small ResNet, minutes on a CPU
-    python tools/class_accuracy.py score --data DIR --net runs/net.safetensors --per-class 2 [sample.guidance ...]
+    python tools/class_accuracy.py score --data DIR --net runs/net.safetensors --per-class 2 revise_guidance=2
 
 It is trained on the classes with at least 100 images, on the same photographs as the generator, and judges the
 validation images (its ceiling), their reconstructions, and samples. Chance is 1 / number of classes.
@@ -88,7 +88,7 @@ def score(args, device, dtype):
     for override in args.overrides:
         key, _, value = override.partition("=")
         if not hasattr(info.sample, key):
-            raise drr.UserError(f"{key!r} is no key of the section sample; it has {', '.join(vars(info.sample))}.")
+            raise drr.UserError(f"There is no sample.{key}; there is {', '.join(vars(info.sample))}.")
         setattr(info.sample, key, type(getattr(info.sample, key))(float(value)))
     model = drr.TorchModel(vae, transformer, device, dtype)
     if args.reference:
@@ -96,7 +96,8 @@ def score(args, device, dtype):
         x, labels = data.to_float(images, device), labels.to(device)
         recon = torch.cat([model.decode(model.encode(b)) for b in x.split(100)])
         for name, batch in (("validation images", x), ("their reconstructions", recon)):
-            print(f"{name}: top-1 {rates(net, batch, labels)[0]:.3f} top-5 {rates(net, batch, labels)[1]:.3f} of {len(batch)}")
+            top1, top5 = rates(net, batch, labels)
+            print(f"{name}: top-1 {top1:.3f} top-5 {top5:.3f} of {len(batch)}")
     index = [info.classes.index(c) for c in meta["classes"]] * args.per_class
     drawn = []
     for first in tqdm(range(0, len(index), 64), leave=False):
@@ -109,7 +110,8 @@ def score(args, device, dtype):
     top1, top5 = rates(net, torch.cat(drawn), labels)
     error = (top1 * (1 - top1) / len(labels)) ** 0.5
     print(json.dumps({k: v for k, v in vars(info.sample).items() if k != "batch_size"}))
-    print(f"samples: top-1 {top1:.3f} (+-{error:.3f}) top-5 {top5:.3f} of {len(labels)}; chance {1 / len(meta['classes']):.4f}")
+    print(f"samples: top-1 {top1:.3f} (+-{error:.3f}) top-5 {top5:.3f} of {len(labels)}; "
+          f"chance {1 / len(meta['classes']):.4f}")
 
 
 def main():
