@@ -41,6 +41,7 @@ def tiny_transformer(positions=16, depth=4, classes=5, codebook_size=24, code_di
     """A transformer with weights large enough that every input matters visibly."""
     generator = torch.Generator().manual_seed(seed)
     codebook = torch.randn(codebook_size, code_dim, generator=generator)
+    torch.manual_seed(seed)
     model = drr.ContextualRQTransformer(transformer_section(**changes), classes, positions, depth, codebook)
     with torch.no_grad():
         for p in model.parameters():

@@ -63,7 +63,8 @@ def test_hidden_and_visible_stacks_look_different(model, inputs):
 
 def test_position_matters(model):
     """A transformer without position embeddings would give equal contexts to equal stacks."""
-    h = model.context(torch.zeros(1, N, D, dtype=torch.int64), torch.ones(1, N, dtype=torch.bool), torch.zeros(1, 1).long())
+    h = model.context(torch.zeros(1, N, D, dtype=torch.int64), torch.ones(1, N, dtype=torch.bool),
+                      torch.zeros(1, 1).long())
     assert torch.pdist(h[0]).min() > 1e-2
 
 
@@ -72,7 +73,8 @@ def test_the_condition_changes_context_and_logits(model, inputs):
     for other in (cond + 1, torch.full_like(cond, model.null)):
         h, h_other = model.context(codes, mask, cond), model.context(codes, mask, other)
         assert (h - h_other).abs().amax((1, 2)).min() > 1e-3
-        assert (model.depth_logits(h[:, 0], codes[:, 0]) - model.depth_logits(h_other[:, 0], codes[:, 0])).abs().max() > 1e-3
+        assert (model.depth_logits(h[:, 0], codes[:, 0]) - model.depth_logits(h_other[:, 0],
+                                                                              codes[:, 0])).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("cond, length, null", [("class", 1, 5), ("text", 3, 5), ("none", 1, 0)])
@@ -131,7 +133,8 @@ def contexts():
 @pytest.mark.parametrize("d", range(D))
 def test_logits_see_only_their_own_stacks_earlier_codes(model, contexts, d):
     h, stacks = contexts
-    difference = (model.depth_logits(h, changed(stacks, 2, d)) - model.depth_logits(h, stacks)).abs().amax(-1)   # (P, D)
+    # (P, D)
+    difference = (model.depth_logits(h, changed(stacks, 2, d)) - model.depth_logits(h, stacks)).abs().amax(-1)
     assert difference[2, :d + 1].max() == 0                                    # depths up to d: no influence
     assert torch.all(difference[2, d + 1:] > 1e-4)                             # later depths: each one
     difference[2] = 0
@@ -141,7 +144,7 @@ def test_logits_see_only_their_own_stacks_earlier_codes(model, contexts, d):
 def test_logits_see_only_their_own_context(model, contexts):
     h, stacks = contexts
     moved = h.clone()
-    moved[2] += 1
+    moved[2] *= -1                                                            # (LayerNorm forgets a mere shift)
     difference = (model.depth_logits(moved, stacks) - model.depth_logits(h, stacks)).abs().amax(-1)
     assert torch.all(difference[2] > 1e-4)
     difference[2] = 0
@@ -209,7 +212,7 @@ def test_size_of_the_text_presets_with_the_published_text_head(preset, published
 
 
 def test_size_of_the_vq_preset():
-    assert abs(size("vq-350m") / 350e6 - 1) < 0.01
+    assert abs(size("vq-350m") / 350e6 - 1) < 0.02                              # the paper gives two digits
 
 
 @pytest.mark.parametrize("d", [64, 1024])
@@ -222,7 +225,8 @@ def test_size_of_the_imagenet_rqvae():
     with torch.device("meta"):
         vae = drr.RQVAE(load_config("imagenet-256").vae)
     assert parameters(vae) == 100_207_491
-    assert parameters(vae) + (16384 + 1) * 256 == 104_402_051                  # the official one counts its padded codebook
+    # the official one counts its padded codebook
+    assert parameters(vae) + (16384 + 1) * 256 == 104_402_051
 
 
 def test_a_width_that_the_heads_do_not_divide_is_refused():
@@ -249,7 +253,8 @@ def test_mask_hides_every_position_equally_often():
     share, p = mask.mean(0), mask.mean()
     # 16 frequencies within 5 standard deviations: false alarm < 16 * 6e-7 = 1e-5 for a fresh seed.
     assert torch.all((share - p).abs() < 5 * (p * (1 - p) / rows).sqrt())
-    pairs = (mask.T @ mask / rows)[~torch.eye(n, dtype=torch.bool)]            # and every pair: positions are independent
+    # and every pair: positions are independent
+    pairs = (mask.T @ mask / rows)[~torch.eye(n, dtype=torch.bool)]
     assert torch.all((pairs - pairs.mean()).abs() < 6 * (pairs * (1 - pairs) / rows).sqrt())
     assert abs(p - (2 / math.pi + 0.5 / n)) < 0.02                             # mean of ceil(cos(pi r / 2) N) / N
 

@@ -1,0 +1,345 @@
+"""Folders of images -> batches: what is found, how it is cropped, and that a batch depends on (seed, step) alone."""
+import os
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import TESTS, vae_section
+from PIL import Image
+
+import data
+import drr
+
+PHOTOS = TESTS / "photos"
+
+
+def data_section(**changes):
+    values = dict(views=1, class_views=1, balance=0.0, in_memory=True, workers=2, seed=0)
+    return SimpleNamespace(**{**values, **changes})
+
+
+def picture(seed=0, size=(40, 30)):
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), np.uint8))
+
+
+def write(path, seed=0, size=(40, 30)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture(seed, size).save(path)
+    return path
+
+
+def make_views(directory=PHOTOS, size=16, batch_size=8, load=False, **changes):
+    files, labels, _ = data.find_images(directory)
+    views = data.Views(files, labels, size, batch_size, data_section(**changes))
+    if load:
+        views.load("cpu")
+    return views
+
+
+# === Finding ========================================================================================================
+@pytest.mark.parametrize("prefix", ["train/", ""])
+def test_class_folders_are_found_below_train_or_directly(tmp_path, prefix):
+    names = ["b/2.png", "a/1.JPG", "b/deep/down/3.jpeg"]
+    for name in names:
+        write(tmp_path / (prefix + name))
+    (tmp_path / prefix / "a" / "notes.txt").write_text("no image")
+    files, labels, classes = data.find_images(tmp_path)
+    assert [p.relative_to(tmp_path / prefix).as_posix() for p in files] == sorted(names)
+    assert classes == ["a", "b"] and labels.tolist() == [0, 1, 1]
+
+
+def test_pictures_without_class_folders_are_one_class_without_a_name(tmp_path):
+    write(tmp_path / "1.png")
+    write(tmp_path / "2.png")
+    files, labels, classes = data.find_images(tmp_path)
+    assert len(files) == 2 and labels.tolist() == [0, 0] and classes == [""]
+
+
+def test_validation_pictures_are_not_training_pictures(tmp_path):
+    write(tmp_path / "train" / "a" / "1.png")
+    write(tmp_path / "val" / "a" / "2.png")
+    assert [p.name for p in data.find_images(tmp_path)[0]] == ["1.png"]
+    assert [p.name for p in data.find_images(tmp_path, "val")[0]] == ["2.png"]
+
+
+def test_a_folder_without_pictures_or_no_folder_is_the_users_mistake(tmp_path):
+    (tmp_path / "train" / "a").mkdir(parents=True)
+    (tmp_path / "train" / "a" / "notes.txt").write_text("no image")
+    for directory in (tmp_path, tmp_path / "missing", tmp_path / "train" / "a" / "notes.txt"):
+        with pytest.raises(drr.UserError):
+            data.find_images(directory)
+
+
+def test_titles_come_from_classes_tsv_or_else_from_the_folder(tmp_path):
+    assert data.class_titles(tmp_path, ["n01", "n02"]) == ["n01", "n02"]
+    (tmp_path / "classes.tsv").write_text("index\twnid\tname\n0\tn02\tgreat white shark\n")
+    assert data.class_titles(tmp_path, ["n01", "n02"]) == ["n01", "great white shark"]
+    (tmp_path / "classes.tsv").write_text("a\tb\nn01\tx\n")
+    with pytest.raises(drr.UserError, match="wnid"):
+        data.class_titles(tmp_path, ["n01"])
+
+
+# === Cropping =======================================================================================================
+def test_the_first_view_is_the_central_square():
+    image = np.zeros((20, 40, 3), np.uint8)
+    image[:, 10:30] = 200                                                      # the central square of 40 x 20
+    assert data.crop_box(40, 20, 0, 123) == (10, 0, 20)
+    seen = data.crop(Image.fromarray(image), 20)
+    assert seen.shape == (3, 20, 20) and seen.dtype == torch.uint8 and torch.all(seen == 200)
+
+
+@pytest.mark.parametrize("width, height", [(40, 20), (20, 40), (33, 33), (1, 5)])
+def test_other_views_lie_within_the_picture_and_are_the_same_every_time(width, height):
+    short, boxes = min(width, height), []
+    for view in range(1, 100):
+        left, top, side = box = data.crop_box(width, height, view, 7)
+        assert 0.6 * short <= side <= short
+        assert 0 <= left and left + side <= width + 1e-9 and 0 <= top and top + side <= height + 1e-9
+        assert box == data.crop_box(width, height, view, 7) != data.crop_box(width, height, view, 8)
+        boxes.append(box)
+    assert len(set(boxes)) == 99
+    sides = np.array([b[2] for b in boxes])
+    # Uniform in 0.6 .. 1: the mean of 99 is within 6 standard deviations (false alarm 2e-9 for a fresh seed).
+    assert abs(sides.mean() / short - 0.8) < 6 * 0.4 / 12 ** 0.5 / 99 ** 0.5
+
+
+def test_crops_differ_between_files_and_are_the_same_in_every_run(tmp_path):
+    seeds = [data.file_seed(tmp_path / name, seed) for name in ("a.png", "b.png") for seed in (0, 1)]
+    assert len(set(seeds)) == 4
+    assert data.file_seed(tmp_path / "elsewhere" / "a.png", 0) == seeds[0]
+
+
+# === Formats ========================================================================================================
+def test_transparency_becomes_white(tmp_path):
+    Image.new("RGBA", (8, 8), (255, 0, 0, 0)).save(tmp_path / "clear.png")
+    Image.new("LA", (8, 8), (0, 0)).save(tmp_path / "clear-grey.png")
+    palette = Image.new("P", (8, 8), 1)
+    palette.putpalette([0, 0, 0, 255, 0, 0])
+    palette.save(tmp_path / "palette.png", transparency=1)
+    for name in ("clear.png", "clear-grey.png", "palette.png"):
+        assert np.all(np.array(data.open_image(tmp_path / name)) == 255), name
+
+
+@pytest.mark.parametrize("mode, colour, suffix, expected", [
+    ("L", 100, "png", (100, 100, 100)), ("1", 1, "png", (255, 255, 255)), ("P", 0, "gif", None),
+    ("CMYK", (0, 0, 0, 255), "jpg", (0, 0, 0)), ("RGBA", (0, 0, 200, 255), "png", (0, 0, 200)),
+    ("RGB", (10, 20, 30), "bmp", (10, 20, 30)), ("RGB", (10, 20, 30), "webp", None),
+    ("RGB", (10, 20, 30), "tiff", (10, 20, 30))])
+def test_every_kind_of_picture_becomes_rgb(tmp_path, mode, colour, suffix, expected):
+    path = tmp_path / f"picture.{suffix}"
+    Image.new(mode, (9, 7), colour).save(path)
+    opened = data.open_image(path)
+    assert opened.mode == "RGB" and opened.size == (9, 7)
+    if expected:
+        assert np.abs(np.array(opened).astype(int) - expected).max() <= 4
+
+
+def test_a_16_bit_picture_keeps_its_brightness(tmp_path):
+    Image.fromarray(np.full((8, 8), 100 * 257, np.uint16)).save(tmp_path / "deep.png")
+    opened = np.array(data.open_image(tmp_path / "deep.png"))
+    assert opened.shape == (8, 8, 3) and np.all(np.abs(opened.astype(int) - 100) <= 1)
+
+
+def test_the_camera_s_orientation_is_respected(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6                                                           # turn by 90 degrees to see it upright
+    picture().save(tmp_path / "turned.jpg", exif=exif)
+    assert data.open_image(tmp_path / "turned.jpg").size == (30, 40)
+
+
+@pytest.mark.parametrize("content", [b"", b"no picture at all", None])
+def test_what_is_no_picture_is_the_users_mistake(tmp_path, content):
+    path = tmp_path / "broken.jpg"
+    path.write_bytes(content if content is not None else write(tmp_path / "whole.jpg").read_bytes()[:300])
+    for p in (path, tmp_path / "missing.jpg"):
+        with pytest.raises(drr.UserError, match=p.name):
+            data.open_image(p)
+
+
+# === Batches ========================================================================================================
+def test_memory_and_worker_processes_give_the_same_batches():
+    settings = dict(views=2, class_views=10, balance=0.5)
+    memory, workers = make_views(load=True, **settings), make_views(**settings, in_memory=False)
+    batches = list(zip(memory.batches(3, 7), workers.batches(3, 7)))
+    assert len(batches) == 4
+    for (images, labels, bad), (other_images, other_labels, other_bad) in batches:
+        assert torch.equal(images, other_images) and torch.equal(labels, other_labels)
+        assert images.shape == (8, 3, 16, 16) and images.dtype == torch.uint8 and bad == other_bad == 0
+
+
+def test_a_batch_depends_on_seed_and_step_alone():
+    views, other = make_views(load=True), make_views(load=True, seed=1)
+    whole = [images for images, _, _ in views.batches(0, 6)]
+    assert torch.equal(next(views.batches(4, 6))[0], whole[4])                 # a resumed run
+    assert torch.equal(make_views(load=True)[2][0], whole[2])                  # another process
+    assert len({images.numpy().tobytes() for images in whole}) == 6
+    assert not np.array_equal(views.draw(2)[0], other.draw(2)[0])
+
+
+def test_a_batch_holds_the_views_that_were_drawn_half_of_them_mirrored():
+    views = make_views(load=True, views=3)
+    index, flips = views.draw(5)
+    images, labels, _ = views[5]
+    for image, label, i, flip in zip(images, labels, index, flips):
+        expected = data.crop(data.open_image(views.files[i]), 16, views.view[i], data.file_seed(views.files[i], 0))
+        assert torch.equal(image, expected.flip(-1) if flip else expected)
+        assert label == views.labels[i]
+    share = np.mean([views.draw(step)[1] for step in range(500)])
+    assert abs(share - 0.5) < 6 * 0.5 / 4000 ** 0.5                            # false alarm 2e-9 for a fresh seed
+
+
+def counted(per_class, **changes):
+    """Views of a data set that exists in name only: class c has per_class[c] files."""
+    labels = np.repeat(np.arange(len(per_class)), per_class)
+    files = [PHOTOS / f"{i}.png" for i in range(len(labels))]
+    return data.Views(files, labels, 16, 8, data_section(**changes))
+
+
+def class_shares(views):
+    p = np.diff(views.cdf, prepend=0)
+    return np.array([p[views.labels == c].sum() for c in range(views.labels.max() + 1)])
+
+
+def test_rare_classes_get_more_crops():
+    views = counted([1, 3, 50], views=2, class_views=10)
+    assert np.bincount(views.labels).tolist() == [10, 3 * 4, 50 * 2]           # ceil(10 / 1), ceil(10 / 3), at least 2
+    for path in {str(p) for p in views.files}:
+        crops = views.view[[str(p) == path for p in views.files]]
+        assert crops.tolist() == list(range(len(crops)))
+
+
+@pytest.mark.parametrize("balance", [0.0, 0.6, 1.0])
+def test_classes_are_as_frequent_as_the_balance_says(balance):
+    per_class = np.array([1, 3, 50])
+    views = counted(per_class, class_views=10, balance=balance)
+    expected = per_class ** (1 - balance)
+    np.testing.assert_allclose(class_shares(views), expected / expected.sum())
+    p = np.diff(views.cdf, prepend=0)
+    for c in range(3):
+        np.testing.assert_allclose(p[views.labels == c], p[views.labels == c][0])   # within a class all count the same
+
+
+def test_draws_follow_the_cdf():
+    views = counted([1, 3, 4], class_views=4, balance=0.5)
+    p, n = np.diff(views.cdf, prepend=0), 8 * 2000
+    share = np.bincount(np.concatenate([views.draw(step)[0] for step in range(2000)]), minlength=len(views)) / n
+    # 13 frequencies at most, within 5 standard deviations: false alarm < 1e-5 for a fresh seed.
+    assert np.all(np.abs(share - p) < 5 * np.sqrt(p * (1 - p) / n))
+
+
+# === Files that cannot be read ======================================================================================
+@pytest.fixture
+def partly_broken(tmp_path):
+    for c in "ab":
+        for i in range(3):
+            write(tmp_path / c / f"{i}.png", seed=i)
+    (tmp_path / "a" / "2.png").write_bytes(b"broken")                          # the next file is of another class
+    return tmp_path
+
+
+def test_broken_files_are_dropped_from_memory_and_reported(partly_broken, capsys):
+    views = make_views(partly_broken, load=True, views=2)
+    assert "skipped 1 of 6 files" in capsys.readouterr().out
+    assert len(views) == 10 == len(views.images)
+    assert not any(p.name == "2.png" and p.parent.name == "a" for p in views.files)
+    np.testing.assert_allclose(class_shares(views), [0.4, 0.6])                # two files against three
+
+
+def test_broken_files_are_replaced_and_counted_in_worker_processes(partly_broken):
+    views = make_views(partly_broken, in_memory=False)
+    broken = next(i for i, p in enumerate(views.files) if p.name == "2.png" and p.parent.name == "a")
+    drawn = [int((views.draw(step)[0] == broken).sum()) for step in range(6)]
+    batches = list(views.batches(0, 6))
+    assert [bad for _, _, bad in batches] == drawn and sum(drawn) > 0
+    for step, (images, labels, _) in enumerate(batches):
+        assert len(images) == len(labels) == 8
+        index = np.where(views.draw(step)[0] == broken, broken + 1, views.draw(step)[0])
+        assert labels.tolist() == views.labels[index].tolist()                 # the label is that of the stand-in
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_a_folder_of_broken_files_is_the_users_mistake(tmp_path, in_memory):
+    for i in range(3):
+        (tmp_path / f"{i}.png").write_bytes(b"broken")
+    with pytest.raises(drr.UserError):
+        make_views(tmp_path, load=in_memory)[0]
+
+
+def test_validation_images_are_central_crops_of_known_classes():
+    images, labels = data.validation_images(PHOTOS, 16, 10, ["n09332890", "n11939491"])
+    assert labels.tolist() == [0, 1]
+    for image, path in zip(images, sorted((PHOTOS / "val").rglob("*.JPEG"))):
+        assert torch.equal(image, data.crop(data.open_image(path), 16))
+    assert data.validation_images(PHOTOS, 16, 1, ["n11939491"])[1].tolist() == [0]
+    assert data.validation_images(PHOTOS, 16, 10, ["another"]) == (None, None)
+    assert data.validation_images(PHOTOS / "train", 16, 10, ["n11939491"]) == (None, None)
+
+
+def test_pixels_become_numbers_from_minus_one_to_one():
+    x = data.to_float(torch.tensor([0, 255], dtype=torch.uint8), "cpu")
+    assert x.tolist() == [-1, 1]
+
+
+# === Token cache ====================================================================================================
+def small_vae(seed=0):
+    torch.manual_seed(seed)
+    return drr.RQVAE(vae_section(ch_mult=[1, 1, 1])).requires_grad_(False).eval()
+
+
+@pytest.fixture(scope="module")
+def vae():
+    return small_vae()
+
+
+def cached(views, vae, directory):
+    return data.cached_codes(views, vae, directory, torch.device("cpu"), torch.float32)
+
+
+def test_cached_codes_are_those_of_the_crops_and_of_their_mirror_images(tmp_path, vae):
+    views = make_views(size=32, views=2)
+    codes = cached(views, vae, tmp_path)
+    x = data.to_float(torch.stack([views.crop(i) for i in range(len(views))]), "cpu")
+    assert codes.shape == (2, 30, 64, 4) and codes.dtype == np.uint16
+    for flip, images in enumerate((x, x.flip(-1))):
+        assert torch.equal(torch.from_numpy(codes[flip].astype(np.int64)), vae.encode(images))
+
+
+def test_the_cache_is_reused_and_belongs_to_weights_and_views(tmp_path, vae, monkeypatch):
+    first = np.array(cached(make_views(size=32), vae, tmp_path))
+    written = {p: p.stat().st_mtime_ns for p in tmp_path.iterdir()}
+    encoded = []
+    original = data.encode
+    monkeypatch.setattr(data, "encode", lambda *args: encoded.append(1) or original(*args))
+    again = cached(make_views(size=32), vae, tmp_path)
+    assert np.array_equal(first, again) and not encoded
+    assert {p: p.stat().st_mtime_ns for p in tmp_path.iterdir()} == written
+    for views, model in ((make_views(size=32), small_vae(1)), (make_views(size=32, seed=1, views=2), vae)):
+        before = len(list(tmp_path.iterdir()))
+        encoded.clear()
+        cached(views, model, tmp_path)
+        assert encoded and len(list(tmp_path.iterdir())) > before
+
+
+def test_the_cache_notices_that_a_file_has_changed(tmp_path, vae):
+    path = write(tmp_path / "pictures" / "a" / "1.png", size=(32, 32))
+    first = np.array(cached(make_views(tmp_path / "pictures", size=32), vae, tmp_path / "codes"))
+    write(path, seed=1, size=(33, 33))
+    second = np.array(cached(make_views(tmp_path / "pictures", size=32), vae, tmp_path / "codes"))
+    assert not np.array_equal(first, second)
+
+
+def test_broken_files_are_dropped_from_the_cache_and_from_the_views(partly_broken, tmp_path, vae):
+    for _ in range(2):                                                         # when written, and when read again
+        views = make_views(partly_broken, size=32, views=2)
+        codes = cached(views, vae, tmp_path / "codes")
+        assert codes.shape == (2, 10, 64, 4) and len(views) == 10
+        x = data.to_float(torch.stack([views.crop(i) for i in range(10)]), "cpu")
+        assert torch.equal(torch.from_numpy(np.array(codes[0]).astype(np.int64)), vae.encode(x))
+
+
+def test_an_interrupted_cache_leaves_nothing_behind(tmp_path, vae, monkeypatch):
+    monkeypatch.setattr(data, "encode", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        cached(make_views(size=32), vae, tmp_path)
+    assert os.listdir(tmp_path) == []
