@@ -18,6 +18,11 @@ HERE = Path(__file__).resolve().parent
 
 # === Configuration: config.yaml + overrides -> nested namespaces ====================================================
 CHOICES = {"vae.loss": ("mse", "l1"), "transformer.cond": ("class", "none", "text")}
+MAY_BE_0 = {"seed", "workers", "balance", "commitment_weight", "perceptual_weight", "disc_weight", "disc_start",
+            "disc_layers", "warmup", "betas", "grad_clip", "cond_dropout", "weight_decay", "weights_ema", "ema_decay",
+            "rounds", "top_k", "draft_guidance", "revise_guidance"}
+AT_MOST = {"vae.codebook_size": 65536, "vae.ema_decay": 1, "transformer.weights_ema": 1, "transformer.cond_dropout": 1,
+           "data.balance": 1, "sample.top_p": 1}
 
 
 def load_config(preset, overrides=()):
@@ -39,7 +44,10 @@ def load_config(preset, overrides=()):
         section, dot, key = name.partition(".")
         if not (equals and dot):
             raise UserError(f"{text!r} is no override; write section.key=value, for example vae.lr=1e-4.")
-        layers.append({section: {key: yaml.safe_load(value)}})
+        try:
+            layers.append({section: {key: yaml.safe_load(value)}})
+        except yaml.YAMLError:
+            raise UserError(f"{text!r} has no YAML value; expected a number, a word or a list like [1, 2].") from None
     config = {section: dict(values) for section, values in base.items()}
     for layer in layers:
         for section, values in layer.items():
@@ -60,8 +68,12 @@ def coerce(name, value, like):
     def one(value, like):
         if isinstance(like, bool):
             return {"true": True, "false": False}[str(value).lower()]
-        number = type(like)(float(value)) if isinstance(like, (int, float)) else str(value)
-        if not isinstance(like, str) and (number != float(value) or not 0 <= number < math.inf):
+        if isinstance(like, str):
+            return str(value)
+        number = type(like)(float(value))
+        if isinstance(value, bool) or number != float(value) or not 0 <= number <= AT_MOST.get(name, 1e18):
+            raise ValueError
+        if number == 0 and name.partition(".")[2] not in MAY_BE_0:
             raise ValueError
         return number
     try:
@@ -69,8 +81,11 @@ def coerce(name, value, like):
         if isinstance(like, list) and not result:
             raise ValueError
     except (ValueError, TypeError, KeyError, OverflowError):
-        kind = f"a list like {like}" if isinstance(like, list) else f"{type(like).__name__}, not negative, like {like}"
-        raise UserError(f"{name} is {value!r}; expected {kind}.") from None
+        kinds = {list: "a list", bool: "true or false", int: "a whole number", float: "a number", str: "a word"}
+        kind = kinds[type(like)]
+        limit = f", at most {AT_MOST[name]}" if name in AT_MOST else ""
+        raise UserError(f"{name} is {value!r}; expected {kind} like {like}{limit}, not negative"
+                        f"{'' if name.partition('.')[2] in MAY_BE_0 else ' and not 0'}.") from None
     if name in CHOICES and result not in CHOICES[name]:
         raise UserError(f"{name} is {value!r}; expected one of {', '.join(CHOICES[name])}.")
     return result

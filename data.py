@@ -75,6 +75,8 @@ def open_image(path):
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path) as picture:
                 picture = ImageOps.exif_transpose(picture)
+                if picture.mode.startswith("I;16"):                      # 16-bit grey: Pillow would clip it at 255
+                    picture = Image.fromarray((np.asarray(picture) // 257).astype(np.uint8))
                 if "A" in picture.getbands() or "transparency" in picture.info:
                     picture = picture.convert("RGBA")
                     picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)

@@ -151,6 +151,9 @@ def codebook_usage(codes, codebook_size):
 # === RQ-VAE: images (B, 3, S, S) in [-1, 1] <-> codes (B, N, D) =====================================================
 # Encoder and decoder are VQGAN's; the attribute names are those of the official state dict, so that it loads as it is.
 def group_norm(channels):
+    if channels % 32:
+        raise UserError(f"A layer of {channels} channels has no 32 groups; vae.ch times each of vae.ch_mult must be a "
+                        "multiple of 32.")
     return nn.GroupNorm(32, channels, eps=1e-6)
 
 
@@ -705,6 +708,7 @@ def load_official_rqvae(path, c):
 def save_model(path, tensors, meta):
     with replacing(path) as temporary:
         save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, {"drr": json.dumps(meta)})
+        temporary.chmod(0o644)                       # safetensors writes files that only their owner can read
 
 
 def read_model(path):
@@ -720,10 +724,10 @@ def read_model(path):
                         "copy or train it again.") from None
 
 
-def fill(module, tensors, path, **options):
-    """Strict load_state_dict with one sentence for an error."""
+def fill(module, tensors, path):
+    """load_state_dict, strict, with one sentence for an error."""
     try:
-        module.load_state_dict(tensors, **options)
+        module.load_state_dict(tensors)
     except RuntimeError as error:
         first = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
         raise UserError(f"The weights in {path} belong to another architecture than expected: {first}") from None
@@ -745,10 +749,16 @@ def load_state(path, parts, section):
     except Exception as error:                       # truncated, no torch file, or a pickle with code in it
         raise UserError(f"{path} is damaged or no training state ({type(error).__name__}); "
                         "start without --resume.") from None
+    expected = ["step", "config", *(name for name, part in parts.items() if part is not None)]
+    missing = [name for name in expected if not isinstance(state, dict) or name not in state]
+    if missing:
+        raise UserError(f"{path} lacks {', '.join(missing)}, which this run needs to go on; start without --resume.")
     changed = [k for k, v in vars(section).items() if state["config"].get(k) != v]
     if changed:
         print(f"resuming with other values than before: {', '.join(changed)}")
-    for name, part in parts.items():
-        if part is not None and name in state:
-            fill(part, state[name], path) if isinstance(part, nn.Module) else part.load_state_dict(state[name])
+    for name in expected[2:]:
+        try:
+            fill(parts[name], state[name], path)
+        except (ValueError, KeyError) as error:      # an optimizer of another model
+            raise UserError(f"{path} does not fit this model ({error}); start without --resume.") from None
     return state["step"]

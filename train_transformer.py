@@ -99,10 +99,13 @@ def main():
         cond = torch.where(drop_noise.to(device)[:, None] < c.cond_dropout, transformer.null, cond)
         for group in opt.param_groups:
             group["lr"] = learning_rate(step, c)
+        loss, accuracy, hidden = 0, 0, mask.sum()
         for part in zip(batch.chunk(c.accumulate), mask.chunk(c.accumulate), cond.chunk(c.accumulate)):
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                loss, accuracy = loss_function(transformer, *part)                                     # (D,), (D,)
-            (loss.mean() / c.accumulate).backward()
+                part_loss, part_accuracy = loss_function(transformer, *part)                           # (D,), (D,)
+            share = part[1].sum() / hidden                     # of the step's hidden stacks, which all count the same
+            (part_loss.mean() * share).backward()
+            loss, accuracy = loss + part_loss.detach() * share, accuracy + part_accuracy * share
         norm = nn.utils.clip_grad_norm_(transformer.parameters(), c.grad_clip or float("inf"))
         if not torch.isfinite(norm):
             raise UserError(f"The gradient is no longer finite at step {step + 1}; {state_file} holds the last good "

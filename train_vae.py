@@ -117,6 +117,7 @@ def main():
         for group in (opt, disc_opt) if disc is not None else (opt,):
             group.param_groups[0]["lr"] = learning_rate(step, c, c.decay)
         vectors, chosen = [], []                               # for the codebook: what was quantized, and into what
+        means = torch.zeros(5, device=device)                  # of the terms of the loss, over the micro-batches
         for images in batch.chunk(c.accumulate):
             x = data.to_float(images, device)
             with autocast:
@@ -136,9 +137,9 @@ def main():
             if adversarial:
                 d_loss = hinge_loss(disc(x), disc(recon.detach()))
                 (d_loss / c.accumulate).backward()
-            with torch.no_grad():
-                vectors.append(vae.quantizer.residuals(z, codes).flatten(0, -2))
-                chosen.append(codes.flatten())
+            means += torch.stack([loss, error, commitment, perceptual, d_loss]).detach() / c.accumulate
+            vectors.append(vae.quantizer.residuals(z, codes).flatten(0, -2))
+            chosen.append(codes.flatten(0, -2))                # (P, D)
         norm = nn.utils.clip_grad_norm_(vae.parameters(), c.grad_clip or float("inf"))
         if not torch.isfinite(norm):
             raise UserError(f"The gradient is no longer finite at step {step + 1}; {state_file} holds the last good "
@@ -148,16 +149,16 @@ def main():
         if adversarial:
             disc_opt.step()
             disc_opt.zero_grad(set_to_none=True)
-        vae.quantizer.update_codebook(torch.cat(vectors), torch.cat(chosen), generator if c.restart else None)
+        codes = torch.cat(chosen)
+        vae.quantizer.update_codebook(torch.cat(vectors), codes.flatten(), generator if c.restart else None)
 
         # --- log, look, save -----------------------------------------------------------------------------------------
         step, seen, last = step + 1, seen + len(batch), step + 1 == c.steps
         if step % c.log_every == 0 or last:
             rate, clock, seen = seen / (time.time() - clock), time.time(), 0
             usage, perplexity = (v.tolist() for v in drr.codebook_usage(codes, c.codebook_size))
-            row = {"step": step, "loss": loss.item(), c.loss: error.item(), "commitment": commitment.item(),
-                   "perceptual": perceptual.item(), "disc": d_loss.item(), "grad_norm": norm.item(),
-                   "lr": opt.param_groups[0]["lr"], "images_per_s": rate, "unreadable": unreadable,
+            row = {"step": step, **dict(zip(("loss", c.loss, "commitment", "perceptual", "disc"), means.tolist())),
+                   "grad_norm": norm.item(), "lr": opt.param_groups[0]["lr"], "images_per_s": rate, "unreadable": unreadable,
                    **{f"usage_{d + 1}": v for d, v in enumerate(usage)},
                    **{f"perplexity_{d + 1}": v for d, v in enumerate(perplexity)}}
             if step % c.picture_every == 0 or last:
