@@ -19,7 +19,7 @@ HERE = Path(__file__).resolve().parent
 # === Configuration: config.yaml + overrides -> nested namespaces ====================================================
 CHOICES = {"vae.loss": ("mse", "l1"), "transformer.cond": ("class", "none", "text")}
 MAY_BE_0 = {"seed", "workers", "balance", "commitment_weight", "perceptual_weight", "disc_weight", "disc_start",
-            "disc_layers", "warmup", "betas", "grad_clip", "cond_dropout", "weight_decay", "weights_ema", "ema_decay",
+            "quantize_start", "disc_layers", "warmup", "betas", "grad_clip", "cond_dropout", "weight_decay", "weights_ema", "ema_decay",
             "rounds", "top_k", "draft_guidance", "revise_guidance"}
 AT_MOST = {"vae.codebook_size": 65536, "vae.ema_decay": 1, "transformer.weights_ema": 1, "transformer.cond_dropout": 1,
            "data.balance": 1, "sample.top_p": 1}

@@ -310,14 +310,15 @@ class RQVAE(nn.Module):
         """codes (B, N, D) -> images (B, 3, S, S), not clamped."""
         return self.decode_latent(self.quantizer.embed(codes).sum(-2))
 
-    def forward(self, images):
-        """A training pass: reconstructions (B, 3, S, S), commitment loss (scalar), z (B, N, n_z), codes (B, N, D)."""
+    def forward(self, images, quantized=True):
+        """A training pass: reconstructions (B, 3, S, S), commitment loss (scalar), z (B, N, n_z), codes (B, N, D).
+        Not `quantized`, the decoder sees z itself, as in a plain autoencoder."""
         z = self.encode_latent(images).float()
         codes, partial_sums = self.quantizer.quantize(z)
         # L_commit = mean_d || z - sg[ z_hat^(d) ] ||^2, every partial sum and not only the last (RQ-VAE Eq. 8)
         commitment = (z.unsqueeze(-2) - partial_sums).square().mean()
         z_hat = z + (partial_sums[..., -1, :] - z).detach()     # straight through: the gradient of z_hat goes to z
-        return self.decode_latent(z_hat), commitment, z, codes
+        return self.decode_latent(z_hat if quantized else z), commitment, z, codes
 
 
 @torch.no_grad()

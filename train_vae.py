@@ -113,6 +113,9 @@ def main():
     for step, (batch, _, bad) in enumerate(bar, start):
         unreadable += bad
         generator = torch.Generator().manual_seed(config.data.seed * 1_000_003 + step)
+        # DEVIATION: the first steps train a plain autoencoder, whose codebook learns along but is not used yet. A decoder
+        # that sees nothing but codes from the start never finds the directions of z that no code has: ours lost green.
+        quantized = step >= c.quantize_start
         adversarial = disc is not None and step >= c.disc_start
         for group in (opt, disc_opt) if disc is not None else (opt,):
             group.param_groups[0]["lr"] = learning_rate(step, c, c.decay)
@@ -121,11 +124,11 @@ def main():
         for images in batch.chunk(c.accumulate):
             x = data.to_float(images, device)
             with autocast:
-                recon, commitment, z, codes = forward(x)
+                recon, commitment, z, codes = forward(x, quantized)
             recon = recon.float()
             error = (recon - x).abs().mean() if c.loss == "l1" else (recon - x).square().mean()
             perceptual = lpips(recon, x).mean() if lpips else torch.zeros((), device=device)
-            loss = error + c.perceptual_weight * perceptual + c.commitment_weight * commitment
+            loss = error + c.perceptual_weight * perceptual + c.commitment_weight * quantized * commitment
             d_loss = torch.zeros((), device=device)
             if adversarial:
                 disc.requires_grad_(False)                     # L_gan = -mean D(x_hat); lambda balances its gradient
