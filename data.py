@@ -108,7 +108,7 @@ class Views(torch.utils.data.Dataset):
 
     def __init__(self, files, labels, size, batch_size, c):
         self.size, self.batch_size = size, batch_size
-        self.seed, self.balance, self.workers = c.seed, c.balance, c.workers
+        self.seed, self.balance, self.flip, self.workers = c.seed, c.balance, c.flip, c.workers
         per_class = np.bincount(labels)                                       # n_c, files of each class
         count = np.maximum(c.views, np.ceil(c.class_views / np.maximum(per_class, 1))).astype(int)[labels]
         self.images = None
@@ -169,7 +169,7 @@ class Views(torch.utils.data.Dataset):
         """Which views make up the batch of a step (B,), and which of them are mirrored (B,)."""
         rng = np.random.default_rng([self.seed, step])
         views = np.searchsorted(self.cdf, rng.random(self.batch_size), side="right").clip(max=len(self) - 1)
-        return views, rng.random(self.batch_size) < 0.5
+        return views, (rng.random(self.batch_size) < 0.5) & self.flip
 
     def __getitem__(self, step):
         views, flips = self.draw(step)
@@ -221,18 +221,18 @@ def validation_images(directory, size, count, classes):
 
 # === Token cache: views -> codes, computed once =====================================================================
 def cached_codes(views, vae, directory, device, dtype):
-    """The codes of every view and of its mirror image: a memory-mapped uint16 array (2, M, N, D), view by view.
+    """The codes of every view and (with data.flip) of its mirror image: a memory-mapped uint16 array (1 or 2, M, N, D).
 
     The file's name is a hash of the RQ-VAE's weights and of the views (paths, file sizes, crops), so that a cache can
     never belong to another model or to other data. Files that cannot be read are dropped from `views`.
     """
     files = [[f"{p.parent.name}/{p.name}", os.path.getsize(p)] for p in views.files[views.view == 0]]
-    content = json.dumps([drr.fingerprint(vae), views.size, views.seed, len(views), views.view.tolist(), files])
+    content = json.dumps([drr.fingerprint(vae), views.size, views.seed, views.flip, views.view.tolist(), files])
     name = hashlib.sha256(content.encode()).hexdigest()[:16]
     path, index_path = Path(directory) / f"codes-{name}.npy", Path(directory) / f"codes-{name}-views.npy"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        shape = (2, len(views), vae.side ** 2, vae.quantizer.depth)
+        shape = (1 + views.flip, len(views), vae.side ** 2, vae.quantizer.depth)
         temporary = path.with_name(f".{os.getpid()}.{path.name}")
         try:
             codes = np.lib.format.open_memmap(temporary, "w+", np.uint16, shape)
@@ -240,7 +240,7 @@ def cached_codes(views, vae, directory, device, dtype):
             for index, images in views.read_all("encoding images"):
                 for part, block in zip(np.array_split(index, -(-len(index) // 128)),
                                        images.tensor_split(-(-len(index) // 128))):
-                    for flip, x in enumerate((block, block.flip(-1))):
+                    for flip, x in enumerate((block, block.flip(-1))[:1 + views.flip]):
                         codes[flip, part] = encode(vae, to_float(x, device), dtype).cpu().numpy()
                 good.append(index)
             codes.flush()

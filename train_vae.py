@@ -160,7 +160,7 @@ def main():
         if step % c.log_every == 0 or last:
             rate, clock, seen = seen / (time.time() - clock), time.time(), 0
             usage, perplexity = (v.tolist() for v in drr.codebook_usage(codes, c.codebook_size))
-            row = {"step": step, **dict(zip(("loss", c.loss, "commitment", "perceptual", "disc"), means.tolist())),
+            row = {"step": step, **dict(zip(("loss", "reconstruction", "commitment", "perceptual", "disc"), means.tolist())),
                    "grad_norm": norm.item(), "lr": opt.param_groups[0]["lr"], "images_per_s": rate, "unreadable": unreadable,
                    **{f"usage_{d + 1}": v for d, v in enumerate(usage)},
                    **{f"perplexity_{d + 1}": v for d, v in enumerate(perplexity)}}
@@ -172,7 +172,7 @@ def main():
                 vae.train()
             log.write({"val_psnr": "", **row})
             bar.set_postfix_str(f"loss {row['loss']:.4f} {rate:.0f} img/s")
-            tqdm.write(f"step {step} loss {row['loss']:.4f} {c.loss} {row[c.loss]:.4f} commit {row['commitment']:.4f} "
+            tqdm.write(f"step {step} loss {row['loss']:.4f} {c.loss} {row['reconstruction']:.4f} commit {row['commitment']:.4f} "
                        f"disc {row['disc']:.3f} perplexity {' '.join(f'{p:.0f}' for p in perplexity)} {rate:.0f} img/s"
                        + (f" psnr {row['val_psnr']:.2f} dB" if "val_psnr" in row else ""))
         if step % c.save_every == 0 or last:

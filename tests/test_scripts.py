@@ -81,7 +81,7 @@ def test_training_logs_every_column_at_every_fifth_step(trained):
     for log in (vae, transformer):
         assert [int(row["step"]) for row in log] == list(range(5, 41, 5))
         assert all(np.isfinite(float(v)) for row in log for v in row.values() if v)
-    assert {"loss", "l1", "commitment", "disc", "lr", "val_psnr", "usage_1", "usage_4", "perplexity_1",
+    assert {"loss", "reconstruction", "commitment", "disc", "lr", "val_psnr", "usage_1", "usage_4", "perplexity_1",
             "perplexity_4"} <= set(vae[0])
     assert {"loss", "grad_norm", "lr", "val_loss", "loss_1", "loss_4", "accuracy_1",
             "accuracy_4"} <= set(transformer[0])
@@ -93,7 +93,7 @@ def test_training_logs_every_column_at_every_fifth_step(trained):
 def test_training_lowers_the_losses(trained):
     vae, transformer = rows(trained / "vae.csv"), rows(trained / "transformer.csv")
     # up to step 20, before the adversary comes in
-    assert float(vae[3]["l1"]) < 0.95 * float(vae[0]["l1"])
+    assert float(vae[3]["reconstruction"]) < 0.95 * float(vae[0]["reconstruction"])
     assert float(transformer[-1]["loss"]) < float(transformer[0]["loss"]) - 0.2
 
 
