@@ -15,7 +15,7 @@ PHOTOS = TESTS / "photos"
 
 
 def data_section(**changes):
-    values = dict(views=1, class_views=1, balance=0.0, in_memory=True, workers=2, seed=0)
+    values = dict(views=1, class_views=1, balance=0.0, in_memory=True, workers=2, seed=0, flip=True)
     return SimpleNamespace(**{**values, **changes})
 
 
@@ -187,6 +187,7 @@ def test_a_batch_holds_the_views_that_were_drawn_half_of_them_mirrored():
         assert label == views.labels[i]
     share = np.mean([views.draw(step)[1] for step in range(500)])
     assert abs(share - 0.5) < 6 * 0.5 / 4000 ** 0.5                            # false alarm 2e-9 for a fresh seed
+    assert not any(make_views(flip=False).draw(step)[1].any() for step in range(50))
 
 
 def counted(per_class, **changes):
@@ -303,6 +304,7 @@ def test_cached_codes_are_those_of_the_crops_and_of_their_mirror_images(tmp_path
     assert codes.shape == (2, 30, 64, 4) and codes.dtype == np.uint16
     for flip, images in enumerate((x, x.flip(-1))):
         assert torch.equal(torch.from_numpy(codes[flip].astype(np.int64)), vae.encode(images))
+    assert np.array_equal(cached(make_views(size=32, views=2, flip=False), vae, tmp_path), codes[:1])
 
 
 def test_the_cache_is_reused_and_belongs_to_weights_and_views(tmp_path, vae, monkeypatch):
