@@ -13,7 +13,7 @@ import drr
 from common import HERE, add_device_arguments, pick_device, run
 
 
-def decode_flops(transformer, c, draft_guided=False, revise_guided=True):
+def decode_flops(transformer, c):
     """Floating-point operations (2 a multiply-add) of the transformer for one image: all positions through the spatial
     blocks at each update, only the selected ones through the depth blocks, twice where guidance is on. c: the section
     `sample`. LayerNorm, GELU and softmax are not counted, as in torch's own counter."""
@@ -24,12 +24,14 @@ def decode_flops(transformer, c, draft_guided=False, revise_guided=True):
     stack = sum(len(transformer.depthwise) * block(1, t + 1) + 2 * d * K + 2 * n_z * d * (t > 0) for t in range(D))
     draft = c.t_draft * spatial + N * stack
     revision = c.t_revise * spatial + N * stack
-    return draft * (1 + draft_guided) + c.rounds * revision * (1 + revise_guided)
+    guided = transformer.null > 0                # a model without conditions has nothing to guide
+    return (draft * (1 + (guided and c.draft_guidance != 1))
+            + c.rounds * revision * (1 + (guided and c.revise_guidance != 1)))
 
 
 def synchronize(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    if device.type != "cpu":
+        getattr(torch, device.type).synchronize()
 
 
 def matrix_rate(device, dtype, seconds=2.0):
@@ -57,6 +59,8 @@ def main():
     args = parser.parse_args()
     device, dtype = pick_device(args)
     vae, transformer, info = drr.load_checkpoint(args.checkpoint)
+    if min(*args.batch, *args.t_draft, args.repeat) < 1 or max(args.t_draft) > transformer.positions:
+        raise drr.UserError(f"--batch, --t-draft and --repeat start at 1, and --t-draft ends at {transformer.positions}.")
     model, c = drr.TorchModel(vae, transformer, device, dtype), info.sample
     print(f"{device}, {str(dtype)[6:]}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     print("batch  T_draft  s per image  images per s  GFLOP per image   GFLOP/s  matrix products  share")
@@ -73,7 +77,7 @@ def main():
                 synchronize(device)
                 times.append(time.perf_counter() - start)
             seconds, rate = statistics.median(times[1:]), statistics.median(rates)
-            flops = decode_flops(transformer, c, c.draft_guidance != 1, c.revise_guidance != 1)
+            flops = decode_flops(transformer, c)
             reached = flops * batch / seconds
             print(f"{batch:5d}  {c.t_draft:7d}  {seconds / batch:11.4f}  {batch / seconds:12.2f}  {flops / 1e9:15.1f}  "
                   f"{reached / 1e9:8.0f}  {rate / 1e9:8.0f} GFLOP/s  {reached / rate:5.0%}", flush=True)

@@ -1,4 +1,4 @@
-"""What the scripts share besides the method itself: configuration, devices, logs, pictures, errors, safe writing."""
+"""What the scripts share besides the method itself: configuration, devices, errors, logs, pictures."""
 import argparse
 import csv
 import difflib
@@ -80,6 +80,8 @@ def coerce(name, value, like):
         result = [one(v, like[0]) for v in value] if isinstance(like, list) else one(value, like)
         if isinstance(like, list) and not result:
             raise ValueError
+        if name.endswith(".betas") and (len(result) != 2 or max(result) >= 1):
+            raise ValueError
     except (ValueError, TypeError, KeyError, OverflowError):
         kinds = {list: "a list", bool: "true or false", int: "a whole number", float: "a number", str: "a word"}
         kind = kinds[type(like)]
@@ -100,13 +102,21 @@ def run(main):
     """Calls main(); a user's mistake, a full disk and the like end in one sentence and exit status 2."""
     try:
         main()
-    except UserError as error:      # from a worker process it comes with the worker's traceback in front
-        sys.exit(fail(str(error).strip().splitlines()[-1].removeprefix("drr.UserError: ")))
+    except UserError as error:
+        text = str(error).strip()
+        if text.startswith("Caught "):                       # in a worker process, with its traceback in front
+            text = text.splitlines()[-1].removeprefix("drr.UserError: ")
+        sys.exit(fail(" ".join(text.split())))
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
         sys.exit(fail(f"The operating system refused: {error.strerror or error}{where}."))
     except torch.OutOfMemoryError:
-        sys.exit(fail("The GPU's memory is full; lower the batch size or raise accumulate."))
+        sys.exit(fail("The GPU's memory is full; lower batch_size, raise accumulate, or use --device cpu."))
+    except MemoryError:
+        sys.exit(fail("The memory is full; lower batch_size, or for training set data.in_memory=false."))
+    except torch._dynamo.exc.TorchDynamoException as error:
+        sys.exit(fail(f"torch.compile does not work here ({type(error).__name__}: it needs a C++ compiler, on a GPU Triton); "
+                      "add compile=false of the section, for example transformer.compile=false."))
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -117,7 +127,7 @@ def fail(message):
 
 
 def training_arguments(doc):
-    """The command line of both training scripts -> (args, config)."""
+    """The parser of both training scripts."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("preset", help="a preset of config.yaml")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="values that replace the preset's")
@@ -149,7 +159,7 @@ def pick_device(args):
     return torch.device(device), torch.bfloat16 if bf16 else torch.float32
 
 
-# === Logs, pictures, safe writing ===================================================================================
+# === Logs, pictures =================================================================================================
 class CsvLog:
     """Appends rows to a CSV file; a resumed run drops the rows of the steps it will do again."""
 

@@ -8,7 +8,6 @@ import contextlib
 import hashlib
 import json
 import os
-import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -41,6 +40,8 @@ def find_images(directory, split="train"):
                         f"({', '.join(sorted(EXTENSIONS))}).")
     folders = [p.relative_to(root).parts[0] if len(p.relative_to(root).parts) > 1 else "" for p in files]
     classes = sorted(set(folders))
+    if len(classes) > 1 and classes[0] == "":
+        raise UserError(f"{files[folders.index('')]} lies beside the class folders; move it into one of them or away.")
     index = {name: i for i, name in enumerate(classes)}
     return files, np.array([index[f] for f in folders]), classes
 
@@ -68,22 +69,22 @@ def crop_box(width, height, view, seed):
     return x * (width - side), y * (height - side), side
 
 
-def open_image(path):
-    """An RGB picture; transparency becomes white. Raises UserError when the file is no image."""
+def open_image(path, background="white"):
+    """An RGB picture, where it is transparent on `background`. Raises UserError when the file is no image."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as picture:
-                picture = ImageOps.exif_transpose(picture)
-                if picture.mode.startswith("I;16"):                      # 16-bit grey: Pillow would clip it at 255
-                    picture = Image.fromarray((np.asarray(picture) // 257).astype(np.uint8))
-                if "A" in picture.getbands() or "transparency" in picture.info:
-                    picture = picture.convert("RGBA")
-                    picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-                return picture.convert("RGB")
+        with Image.open(path) as picture:
+            if picture.width * picture.height > Image.MAX_IMAGE_PIXELS:
+                raise ValueError(f"{picture.width} x {picture.height} pixels are too many")
+            picture = ImageOps.exif_transpose(picture)
+            if picture.mode.startswith("I;16"):                          # 16-bit grey: Pillow would clip it at 255
+                picture = Image.fromarray((np.asarray(picture) // 257).astype(np.uint8))
+            if "A" in picture.getbands() or "transparency" in picture.info:
+                picture = picture.convert("RGBA")
+                picture = Image.alpha_composite(Image.new("RGBA", picture.size, background), picture)
+            return picture.convert("RGB")
     except FileNotFoundError:
         raise UserError(f"The picture {path} does not exist.") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+    except Exception as error:                               # Pillow raises nearly anything for a damaged file
         raise UserError(f"{path} cannot be read as an image ({error}).") from None
 
 
@@ -201,7 +202,7 @@ class Views(torch.utils.data.Dataset):
 
 def to_float(images, device):
     """uint8 (B, 3, S, S) -> float32 in [-1, 1] on the device."""
-    return images.to(device, non_blocking=True).float().div_(127.5).sub_(1)
+    return images.to(device).float().div_(127.5).sub_(1)
 
 
 def validation_images(directory, size, count, classes):
@@ -223,18 +224,16 @@ def validation_images(directory, size, count, classes):
 def cached_codes(views, vae, directory, device, dtype):
     """The codes of every view and (with data.flip) of its mirror image: a memory-mapped uint16 array (1 or 2, M, N, D).
 
-    The file's name is a hash of the RQ-VAE's weights and of the views (paths, file sizes, crops), so that a cache can
-    never belong to another model or to other data. Files that cannot be read are dropped from `views`.
+    The file's name is a hash of the RQ-VAE's weights, the precision and the views (folder and name of each file, its
+    size, its crops): another model or other files make another cache. Files that cannot be read are dropped from `views`.
     """
     files = [[f"{p.parent.name}/{p.name}", os.path.getsize(p)] for p in views.files[views.view == 0]]
-    content = json.dumps([drr.fingerprint(vae), views.size, views.seed, views.flip, views.view.tolist(), files])
+    content = json.dumps([drr.fingerprint(vae), str(dtype), views.size, views.seed, views.flip, views.view.tolist(), files])
     name = hashlib.sha256(content.encode()).hexdigest()[:16]
     path, index_path = Path(directory) / f"codes-{name}.npy", Path(directory) / f"codes-{name}-views.npy"
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
         shape = (1 + views.flip, len(views), vae.side ** 2, vae.quantizer.depth)
-        temporary = path.with_name(f".{os.getpid()}.{path.name}")
-        try:
+        with drr.replacing(path) as temporary:
             codes = np.lib.format.open_memmap(temporary, "w+", np.uint16, shape)
             good = []
             for index, images in views.read_all("encoding images"):
@@ -244,10 +243,8 @@ def cached_codes(views, vae, directory, device, dtype):
                         codes[flip, part] = encode(vae, to_float(x, device), dtype).cpu().numpy()
                 good.append(index)
             codes.flush()
-            np.save(index_path, np.concatenate(good))
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+            with drr.replacing(index_path) as temporary_index, open(temporary_index, "wb") as f:
+                np.save(f, np.concatenate(good))
     index = np.load(index_path)
     codes = np.load(path, mmap_mode="r")
     if len(index) < len(views):

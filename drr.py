@@ -62,7 +62,7 @@ class ResidualQuantizer(nn.Module):
             return d.view(*residual.shape[:-1], -1)
 
     def quantize(self, z, temperature=0.0, uniforms=None):
-        """Residual quantization of z (..., n_z).
+        """Residual quantization of z (..., n_z). The scripts take the nearest codes; drawing them is for soft targets.
 
         temperature 0 takes the nearest code at every depth. With a temperature > 0 the codes are drawn from
         `soft_codes` by inverting the CDF at `uniforms` (..., D) in [0, 1) ("stochastic codes", RQ-VAE section 3.2.3).
@@ -105,19 +105,19 @@ class ResidualQuantizer(nn.Module):
         # its own codes. One call a step, on the residuals of all depths together, is simpler and consistent.
         K, eps = len(self.codebook), 1e-5
         vectors = vectors.detach().float()
-        count = torch.bincount(codes, minlength=K).float()
-        total = torch.zeros_like(self.embed_sum).index_add_(0, codes, vectors)
-        candidates = vectors
+        count = torch.bincount(codes, minlength=K).float()                          # (K,)
+        total = torch.zeros_like(self.embed_sum).index_add_(0, codes, vectors)      # (K, n_z)
         if generator is not None:
             pick = torch.randint(len(vectors), (K,), generator=generator).to(vectors.device)
             jitter = torch.rand(K, vectors.shape[1], generator=generator).to(vectors.device)
             # A batch smaller than the codebook would restart codes as twins: move them apart a little.
             jitter *= 0.01 / math.sqrt(vectors.shape[1]) * (len(vectors) < K)
-            candidates = vectors[pick] + jitter
+            candidates = vectors[pick] + jitter                                     # (K, n_z)
         if dist.is_available() and dist.is_initialized():
             for tensor in (count, total):
                 dist.all_reduce(tensor)
-            dist.broadcast(candidates, src=0)   # every rank must restart the same codes from the same vectors
+            if generator is not None:           # every rank must restart the same codes from the same vectors
+                dist.broadcast(candidates, src=0)
         self.cluster_size.lerp_(count, 1 - self.ema_decay)
         self.embed_sum.lerp_(total, 1 - self.ema_decay)
         if generator is not None:
@@ -136,8 +136,10 @@ def inverse_cdf(probabilities, uniforms):
     0 is never drawn.
     """
     cdf = probabilities.cumsum(-1)
-    index = torch.searchsorted(cdf, uniforms.unsqueeze(-1) * cdf[..., -1:], right=True).squeeze(-1)
-    return torch.where(index < cdf.shape[-1], index, probabilities.argmax(-1))  # u * total may round up to the total
+    index = torch.searchsorted(cdf, uniforms.unsqueeze(-1) * cdf[..., -1:], right=True).clamp(max=cdf.shape[-1] - 1)
+    # Rounding (u * total up to the total, a parallel sum that is not monotone) may hit an entry that was cut off.
+    drawn = probabilities.gather(-1, index).squeeze(-1)
+    return torch.where(drawn > 0, index.squeeze(-1), probabilities.argmax(-1))
 
 
 def codebook_usage(codes, codebook_size):
@@ -171,6 +173,19 @@ class ResBlock(nn.Module):
         return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
 
 
+def attention(q, k, v, causal=False):
+    """softmax(q k^T / sqrt(c)) v for q, k, v (..., T, c); causal: a token sees itself and earlier ones.
+
+    Written out on a CPU, where PyTorch's fused kernel took 7 times as long for 65 tokens, forward and backward.
+    """
+    if q.is_cuda:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+    scores = q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)                                      # (..., T, T)
+    if causal:
+        scores = scores.masked_fill(torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1), -math.inf)
+    return scores.softmax(-1).to(v.dtype) @ v
+
+
 class AttnBlock(nn.Module):
     """Single-head self-attention over all pixels of x (B, C, H, W)."""
 
@@ -182,8 +197,7 @@ class AttnBlock(nn.Module):
     def forward(self, x):
         h = self.norm(x)
         q, k, v = (f(h).flatten(2).transpose(1, 2) for f in (self.q, self.k, self.v))           # (B, H*W, C)
-        h = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]
-        return x + self.proj_out(h.transpose(1, 2).reshape(x.shape))
+        return x + self.proj_out(attention(q, k, v).transpose(1, 2).reshape(x.shape))
 
 
 class Downsample(nn.Module):
@@ -285,6 +299,10 @@ class RQVAE(nn.Module):
 
     def __init__(self, c):
         super().__init__()
+        f = 2 ** (len(c.ch_mult) - 1)
+        if c.resolution % f:
+            raise UserError(f"vae.resolution {c.resolution} is no multiple of {f}, the reduction of vae.ch_mult's "
+                            f"{len(c.ch_mult)} levels; change one of them.")
         self.size = c.resolution
         self.side = c.resolution >> (len(c.ch_mult) - 1)        # H = W of the code map
         self.encoder, self.decoder = Encoder(c), Decoder(c)
@@ -348,7 +366,7 @@ class Block(nn.Module):
         if cache is not None:
             cache[0, :, :, position], cache[1, :, :, position] = k[:, :, 0], v[:, :, 0]
             k, v = cache[:, :, :, :position + 1].unbind()
-        a = F.scaled_dot_product_attention(q, k, v, is_causal=causal)       # softmax(q k^T / sqrt(head_dim)) v
+        a = attention(q, k, v, causal)
         x = x + self.proj(a.transpose(1, 2).reshape(B, T, d))
         return x + self.fc2(F.gelu(self.fc1(self.ln2(x))))
 
@@ -460,7 +478,7 @@ class State(NamedTuple):
 
 def draw_noise(seed, images, rounds, positions, depth):
     """Everything random in a decode, drawn before it begins from (seed, index of the image) alone, so that image i of
-    a seed is the same picture in any batch and on any backend.
+    a seed is the same picture in any batch and on any backend, up to rounding.
 
     images: the indices, B of them; rounds: 1 + M. Returns order (rounds, B, N), a random order of the positions for
     each round, and uniforms (rounds, B, N, D) in [0, 1), one number per code and round.
@@ -503,7 +521,7 @@ def sample_stacks(model, h, uniforms, how):
     cache = None
     for d in range(D):
         logits, cache = model.depth_step(h, stacks, d, cache)
-        logits = logits.float()
+        logits = logits.float()                                             # (P, K), with guidance (2 P, K)
         if len(h) > P:
             conditional, null = logits.split(P)
             logits = null + how.guidance * (conditional - null)
@@ -512,17 +530,17 @@ def sample_stacks(model, h, uniforms, how):
     return stacks[:P]
 
 
-def update(model, codes, hidden, partition, uniforms, cond, how):
+def update(model, codes, hidden, sets, uniforms, cond, how):
     """UPDATE (Alg. 1): hides one set of the partition after the other and draws its stacks anew, given all others.
 
-    codes (B, N, D); hidden (B, N): what is hidden besides, all of it in a draft and nothing in a revision; partition: a
-    list of indices (B, n_t); uniforms (B, N, D); cond (B, L). Yields codes and hidden after each set; stacks that no
+    codes (B, N, D); hidden (B, N): what is hidden besides, all of it in a draft and nothing in a revision; sets: the
+    partition, a list of indices (B, n_t); uniforms (B, N, D); cond (B, L). Yields codes and hidden after each set; stacks that no
     set names stay as they are, to the bit.
     """
-    guided = how.guidance != 1
+    guided = how.guidance != 1 and bool((cond != model.null).any())       # null against null would change nothing
     if guided:                                               # the batch doubles here and in no other phase
         cond = torch.cat([cond, torch.full_like(cond, model.null)])
-    for positions in partition:
+    for positions in sets:
         B, n = positions.shape
         hidden = hidden.scatter(1, positions, True)                         # hide m^t
         inputs = (torch.cat([t, t]) if guided else t for t in (codes, hidden))
@@ -547,6 +565,7 @@ def draft_and_revise(model, cond, noise, c, codes=None, region=None):
     codes (B, N, D) and region (N,) bool, both or neither: in-painting; the stacks where `region` is False are kept
     Yields a State after every update; the codes of the last one are the result.
     """
+    assert (codes is None) == (region is None)
     order, uniforms = (t.to(cond.device) for t in noise)
     B, N, D = uniforms.shape[1:]
     if region is None:
@@ -554,22 +573,23 @@ def draft_and_revise(model, cond, noise, c, codes=None, region=None):
     draft = Sampling(c.draft_temperature, c.draft_guidance, c.top_k, c.top_p)
     revise = Sampling(c.revise_temperature, c.revise_guidance, c.top_k, c.top_p)
     nothing = torch.zeros(B, N, dtype=torch.bool, device=cond.device)
-    for round in range(1 + c.rounds):
-        inside = order[round][region[order[round]]].view(B, -1)            # the region's positions, in random order
-        phase, T, hidden, how = (("revise", c.t_revise, nothing, revise) if round else
+    for m in range(1 + c.rounds):
+        inside = order[m][region[order[m]]].view(B, -1)                     # the region's positions, in random order
+        phase, T, hidden, how = (("revise", c.t_revise, nothing, revise) if m else
                                  ("draft", c.t_draft, region.expand(B, N), draft))
-        for codes, hidden in update(model, codes, hidden, partition(inside, T), uniforms[round], cond, how):
-            yield State(phase, round, codes, hidden)
+        for codes, hidden in update(model, codes, hidden, partition(inside, T), uniforms[m], cond, how):
+            yield State(phase, m, codes, hidden)
 
 
 class TorchModel:
-    """The only way in which the decoding loop reaches the networks: context, depth_step, decode (and encode, for
-    pictures that come in). Exported graphs take its place by having the same functions."""
+    """The only way in which decoding reaches the networks: the loop calls context and depth_step, its callers decode
+    (and encode, for pictures that come in). Exported graphs take its place by having the same functions and sizes.
+    Moves and converts the modules that it is given."""
 
     def __init__(self, vae, transformer, device, dtype):
-        self.vae = vae.to(device).eval()                     # codes and pixels are float32: they cost next to nothing
+        self.vae = vae.to(device).eval()                     # stays float32
         self.transformer = transformer.to(device, dtype).eval()
-        self.device, self.null = device, transformer.null
+        self.null, self.positions, self.depth = transformer.null, transformer.positions, transformer.depth
 
     @torch.inference_mode()
     def context(self, codes, mask, cond):
@@ -687,7 +707,9 @@ def load_official_rqvae(path, c):
         raise UserError(f"The file {path} does not exist.") from None
     except Exception as error:                  # truncated, no torch file, or a pickle with code in it: none is run
         raise UserError(f"{path} is no RQ-VAE release that can be read safely ({type(error).__name__}).") from None
-    state = state.get("state_dict", state)
+    if not isinstance(state, dict) or not all(isinstance(k, str) for k in state):
+        raise UserError(f"{path} holds no state dict; it is no RQ-VAE release.")
+    state = state.get("state_dict", state)      # .safetensors has no nested dictionaries, only prefixes
     if any(k.startswith("state_dict.") for k in state):
         state = {k.removeprefix("state_dict."): v for k, v in state.items() if k.startswith("state_dict.")}
     # The shared codebook is stored once per depth; its last row is padding, never a code.
@@ -734,15 +756,17 @@ def fill(module, tensors, path):
         raise UserError(f"The weights in {path} belong to another architecture than expected: {first}") from None
 
 
-def save_state(path, parts, step, section):
-    """All that a resumed run needs: the state of each part (module, optimizer or None), the step, the configuration."""
+def save_state(path, parts, step, section, vae=""):
+    """All that a resumed run needs: the state of each part (module, optimizer or None), the step, the configuration,
+    and the fingerprint of the RQ-VAE whose codes are learned."""
     states = {name: part.state_dict() for name, part in parts.items() if part is not None}
     with replacing(path) as temporary:
-        torch.save({"step": step, "config": vars(section), **states}, temporary)
+        torch.save({"step": step, "config": vars(section), "codes_of": vae, **states}, temporary)
 
 
-def load_state(path, parts, section):
-    """Restores `parts` from `save_state` and returns the step. Raises UserError when the file or the fit is missing."""
+def load_state(path, parts, section, vae=""):
+    """Restores `parts` from `save_state` and returns the step; optimizers keep the settings that they have now. Raises
+    UserError when the file is missing or damaged, or belongs to another model or other codes."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
@@ -754,12 +778,18 @@ def load_state(path, parts, section):
     missing = [name for name in expected if not isinstance(state, dict) or name not in state]
     if missing:
         raise UserError(f"{path} lacks {', '.join(missing)}, which this run needs to go on; start without --resume.")
+    if state.get("codes_of", "") != vae:
+        raise UserError(f"{path} was trained on the codes of another RQ-VAE; start without --resume.")
     changed = [k for k, v in vars(section).items() if state["config"].get(k) != v]
     if changed:
         print(f"resuming with other values than before: {', '.join(changed)}")
     for name in expected[2:]:
+        groups = getattr(parts[name], "param_groups", [])
+        settings = [{k: v for k, v in group.items() if k != "params"} for group in groups]
         try:
             fill(parts[name], state[name], path)
+            for group, values in zip(getattr(parts[name], "param_groups", []), settings):
+                group.update(values)
         except (ValueError, KeyError) as error:      # an optimizer of another model
             raise UserError(f"{path} does not fit this model ({error}); start without --resume.") from None
     return state["step"]

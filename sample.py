@@ -8,6 +8,7 @@
 import argparse
 import difflib
 import math
+import re
 import tempfile
 import time
 from pathlib import Path
@@ -59,7 +60,7 @@ def parse_arguments():
 def find_class(text, classes, titles):
     """The index of the class that `text` names: an index, a folder name, a title, or a part of one title."""
     wanted = text.strip().lower().replace(" ", "_")
-    if wanted.lstrip("-").isdigit():
+    if re.fullmatch(r"-?[0-9]{1,9}", wanted):
         if not 0 <= int(wanted) < len(classes):
             raise UserError(f"Class {wanted} does not exist; this checkpoint has classes 0 to {len(classes) - 1}.")
         return int(wanted)
@@ -121,7 +122,7 @@ def repaint_mask(args, picture, size):
         mask = np.zeros((height, width), bool)
         mask[y0:y1, x0:x1] = True
     else:
-        mask_picture = data.open_image(args.mask).convert("L")
+        mask_picture = data.open_image(args.mask, "black").convert("L")
         if mask_picture.size != picture.size:
             raise UserError(f"The mask is {mask_picture.width} x {mask_picture.height} and the picture {width} x {height}; "
                             "they must have the same size.")
@@ -166,9 +167,9 @@ def hide(images, hidden):
 
 
 def generate(model, cond, indices, seed, c, bar, codes=None, region=None, keep=()):
-    """Pictures (B, 3, S, S) for the conditions cond (B, L), and the states whose numbers are in `keep`, as pictures."""
-    N, D = model.transformer.positions, model.transformer.depth
-    noise = drr.draw_noise(seed, indices, 1 + c.rounds, N, D)
+    """Pictures (B, 3, S, S) number `indices` of a seed for the conditions cond (B, L), in-painted where codes (B, N, D)
+    and region (N,) are given; and the states whose numbers are in `keep`, as pictures."""
+    noise = drr.draw_noise(seed, indices, 1 + c.rounds, model.positions, model.depth)
     states = []
     for number, state in enumerate(drr.draft_and_revise(model, cond, noise, c, codes, region)):
         bar.update()
@@ -185,8 +186,9 @@ def main():
         raise UserError(f"The checkpoint folder {args.checkpoint} does not exist; give --checkpoint a folder with "
                         "vae.safetensors and transformer.safetensors, for example runs/PRESET.")
     if args.reconstruct:
-        if args.classes or args.image or args.strip or args.out_dir:
-            raise UserError("--reconstruct goes with --out, --checkpoint and --device only.")
+        used = {k for k, v in vars(args).items() if v not in (None, False, 0)}
+        if used - {"reconstruct", "out", "checkpoint", "device", "precision"}:
+            raise UserError("--reconstruct goes with --out, --checkpoint and --device only; leave the other options out.")
         vae, _ = drr.load_vae(Path(args.checkpoint) / "vae.safetensors")
         original = data.to_float(data.crop(data.open_image(args.reconstruct), vae.size)[None], device)
         out = Path(args.out or "samples/reconstruction.png")
@@ -231,14 +233,14 @@ def main():
     with tqdm(total=updates, desc="sampling", unit="update") as bar:
         for first in range(0, num, c.batch_size):
             part = range(first, min(first + c.batch_size, num))
-            # Batches are powers of two, the last one with spare pictures that are thrown away: at these sizes the bf16
-            # products of a CPU gave the same bits for a picture in any batch; at 3 they did not.
+            # Batches are powers of two, the last one with spare pictures that are thrown away: at these sizes a CPU's bf16
+            # products gave the same bits for a picture in any batch, at 3 they did not. Other backends may differ.
             padded = range(first, first + 2 ** math.ceil(math.log2(len(part))))
             cond = torch.tensor([[labels[i % num]] for i in padded], device=device)
             known = None if codes is None else codes.expand(len(padded), -1, -1)
             images, batch_states = generate(model, cond, padded, args.seed, c, bar, known, region, keep)
             if args.paste:
-                images = torch.where(mask.to(device), images, original)
+                images, *batch_states = (torch.where(mask.to(device), x, original) for x in (images, *batch_states))
             pixels.extend(to_pixels(images[:len(part)]))
             states.extend(to_pixels(torch.cat(batch_states)).reshape(len(keep), len(padded), vae.size, vae.size, 3)
                           .swapaxes(0, 1)[:len(part)] if keep else ())

@@ -62,7 +62,7 @@ def main():
         raise UserError(f"{args.data} has no class folders; add them or train with transformer.cond=none.")
     titles = data.class_titles(args.data, classes)
     views = data.Views(files, labels, vae.size, c.batch_size, config.data)
-    codes = data.cached_codes(views, vae, out / "codes", device, dtype)           # (2, M, N, D) uint16
+    codes = data.cached_codes(views, vae, out / "codes", device, dtype)           # (1 or 2, M, N, D)
     val, val_labels = data.validation_images(args.data, vae.size, 1024, classes)
     if val is not None:
         val = torch.cat([data.encode(vae, data.to_float(x, device), dtype) for x in val.split(128)])
@@ -78,7 +78,8 @@ def main():
     ema = copy.deepcopy(transformer).requires_grad_(False).eval()                 # the result: a moving average
     parts = {"transformer": transformer, "ema": ema, "opt": opt}
     state_file = out / "transformer_state.pt"
-    start = drr.load_state(state_file, parts, c) if args.resume else 0
+    codes_of = drr.fingerprint(vae)
+    start = drr.load_state(state_file, parts, c, codes_of) if args.resume else 0
     loss_function = torch.compile(drr.masked_loss) if c.compile else drr.masked_loss
     log = CsvLog(out / "transformer.csv", start)
     print(f"{sum(p.numel() for p in transformer.parameters()) / 1e6:.1f}M parameters, {len(views)} views, {len(classes)} "
@@ -108,8 +109,8 @@ def main():
             loss, accuracy = loss + part_loss.detach() * share, accuracy + part_accuracy * share
         norm = nn.utils.clip_grad_norm_(transformer.parameters(), c.grad_clip or float("inf"))
         if not torch.isfinite(norm):
-            raise UserError(f"The gradient is no longer finite at step {step + 1}; {state_file} holds the last good "
-                            "state: go on from it with --resume and a lower transformer.lr.")
+            saved = f"go on from {state_file} with --resume and" if start or step >= c.save_every else "start again with"
+            raise UserError(f"The gradient is no longer finite at step {step + 1}; {saved} a lower transformer.lr.")
         opt.step()
         opt.zero_grad(set_to_none=True)
         decay = min(c.weights_ema, (1 + step) / (10 + step))   # a short memory at first, so that the start is forgotten
@@ -138,7 +139,7 @@ def main():
                        + (f" val_loss {row['val_loss']:.4f}" if row["val_loss"] != "" else ""))
         if step % c.save_every == 0 or last:
             drr.save_transformer(out / "transformer.safetensors", ema, config, classes, titles, vae)
-            drr.save_state(state_file, parts, step, c)
+            drr.save_state(state_file, parts, step, c, codes_of)
     if start >= c.steps:       # nothing was left to train: write the result again, with today's sampling defaults
         drr.save_transformer(out / "transformer.safetensors", ema, config, classes, titles, vae)
     print(f"wrote {out / 'transformer.safetensors'}")

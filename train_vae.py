@@ -100,6 +100,10 @@ def main():
     parts = {"vae": vae, "opt": opt, "disc": disc, "disc_opt": disc_opt}
     state_file = out / "vae_state.pt"
     start = drr.load_state(state_file, parts, c) if args.resume else 0
+    if c.compile and device.type == "cpu":
+        raise UserError("vae.compile is for a GPU: on a CPU the compiled RQ-VAE had wrong gradients in bf16 (torch 2.13).")
+    if c.compile:
+        torch._functorch.config.donated_buffer = False         # adaptive_weight goes through the graph twice
     forward = torch.compile(vae) if c.compile else vae
     autocast = torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext()
     out.mkdir(parents=True, exist_ok=True)
@@ -114,7 +118,7 @@ def main():
         unreadable += bad
         generator = torch.Generator().manual_seed(config.data.seed * 1_000_003 + step)
         # DEVIATION: the first steps train a plain autoencoder, whose codebook learns along but is not used yet. A decoder
-        # that sees nothing but codes from the start never finds the directions of z that no code has: ours lost green.
+        # that sees nothing but codes from the start is slow to find the directions of z that no code has yet.
         quantized = step >= c.quantize_start
         adversarial = disc is not None and step >= c.disc_start
         for group in (opt, disc_opt) if disc is not None else (opt,):
@@ -141,12 +145,12 @@ def main():
                 d_loss = hinge_loss(disc(x), disc(recon.detach()))
                 (d_loss / c.accumulate).backward()
             means += torch.stack([loss, error, commitment, perceptual, d_loss]).detach() / c.accumulate
-            vectors.append(vae.quantizer.residuals(z, codes).flatten(0, -2))
+            vectors.append(vae.quantizer.residuals(z, codes).flatten(0, -2))       # (P * D, n_z)
             chosen.append(codes.flatten(0, -2))                # (P, D)
         norm = nn.utils.clip_grad_norm_(vae.parameters(), c.grad_clip or float("inf"))
         if not torch.isfinite(norm):
-            raise UserError(f"The gradient is no longer finite at step {step + 1}; {state_file} holds the last good "
-                            "state: go on from it with --resume and a lower vae.lr.")
+            saved = f"go on from {state_file} with --resume and" if start or step >= c.save_every else "start again with"
+            raise UserError(f"The gradient is no longer finite at step {step + 1}; {saved} a lower vae.lr.")
         opt.step()
         opt.zero_grad(set_to_none=True)
         if adversarial:
@@ -170,6 +174,7 @@ def main():
                              out / f"vae_{step:06d}.png")
                 row["val_psnr"] = psnr(vae, val)
                 vae.train()
+                clock = time.time()
             log.write({"val_psnr": "", **row})
             bar.set_postfix_str(f"loss {row['loss']:.4f} {rate:.0f} img/s")
             tqdm.write(f"step {step} loss {row['loss']:.4f} {c.loss} {row['reconstruction']:.4f} commit {row['commitment']:.4f} "
@@ -178,6 +183,8 @@ def main():
         if step % c.save_every == 0 or last:
             drr.save_vae(out / "vae.safetensors", vae, config)
             drr.save_state(state_file, parts, step, c)
+    if start >= c.steps:       # nothing was left to train
+        drr.save_vae(out / "vae.safetensors", vae, config)
     print(f"wrote {out / 'vae.safetensors'}")
 
 
