@@ -170,12 +170,16 @@ def generate(model, cond, indices, seed, c, bar, codes=None, region=None, keep=(
     """Pictures (B, 3, S, S) number `indices` of a seed for the conditions cond (B, L), in-painted where codes (B, N, D)
     and region (N,) are given; and the states whose numbers are in `keep`, as pictures."""
     noise = drr.draw_noise(seed, indices, 1 + c.rounds, model.positions, model.depth)
-    states = []
+    states, hidden = [], []
     for number, state in enumerate(drr.draft_and_revise(model, cond, noise, c, codes, region)):
         bar.update()
         bar.set_postfix_str(f"{state.phase} {state.round or ''}", refresh=False)
-        if number in keep:
-            states.append(hide(model.decode(state.codes), state.hidden))
+        if number in keep and state.phase == "draft":        # shown when the draft is complete: the decoder needs all
+            hidden.append(state.hidden)                      # stacks, and those drawn so far do not change in a draft
+        if number == c.t_draft - 1:
+            states = [hide(model.decode(state.codes), h) for h in hidden]
+        if number in keep and state.phase == "revise":
+            states.append(model.decode(state.codes))
     return model.decode(state.codes), states
 
 
