@@ -119,12 +119,13 @@ def main():
 
         # --- log, look, save -----------------------------------------------------------------------------------------
         step, seen, last = step + 1, seen + len(batch), step + 1 == c.steps
-        if step % c.log_every == 0 or last:
+        look = step % c.picture_every == 0 or last
+        if look or step % c.log_every == 0:
             rate, clock, seen = seen / (time.time() - clock), time.time(), 0
             row = {"step": step, "loss": loss.mean().item(), "grad_norm": norm.item(), "lr": opt.param_groups[0]["lr"],
                    "images_per_s": rate, "val_loss": "", **{f"loss_{d + 1}": v for d, v in enumerate(loss.tolist())},
                    **{f"accuracy_{d + 1}": v for d, v in enumerate(accuracy.tolist())}}
-            if step % c.picture_every == 0 or last:
+            if look:
                 if val is not None:
                     noise = training_noise(config.data.seed, 0, len(val), vae.side ** 2)[0]            # always the same
                     mask = drr.random_mask(noise).to(device)

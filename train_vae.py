@@ -161,14 +161,15 @@ def main():
 
         # --- log, look, save -----------------------------------------------------------------------------------------
         step, seen, last = step + 1, seen + len(batch), step + 1 == c.steps
-        if step % c.log_every == 0 or last:
+        look = step % c.picture_every == 0 or last
+        if look or step % c.log_every == 0:
             rate, clock, seen = seen / (time.time() - clock), time.time(), 0
             usage, perplexity = (v.tolist() for v in drr.codebook_usage(codes, c.codebook_size))
             row = {"step": step, **dict(zip(("loss", "reconstruction", "commitment", "perceptual", "disc"), means.tolist())),
                    "grad_norm": norm.item(), "lr": opt.param_groups[0]["lr"], "images_per_s": rate, "unreadable": unreadable,
                    **{f"usage_{d + 1}": v for d, v in enumerate(usage)},
                    **{f"perplexity_{d + 1}": v for d, v in enumerate(perplexity)}}
-            if step % c.picture_every == 0 or last:
+            if look:
                 vae.eval()
                 save_picture(grid(to_pixels(drr.reconstructions(vae, val[:8])), 1 + c.depth, max(1, 64 // c.resolution)),
                              out / f"vae_{step:06d}.png")

@@ -510,7 +510,7 @@ bundled = pytest.mark.skipif(not (BUNDLED / "transformer.safetensors").exists(),
 
 
 @bundled
-def test_the_bundled_checkpoint_draws_volcanoes_from_any_folder(tmp_path):
+def test_the_bundled_checkpoint_draws_from_any_folder(tmp_path):
     done = run("sample.py", "--class", 980, "--num", 2, "--t-draft", 8, "--out", "volcano.png", "--out-dir", "single",
                cwd=tmp_path)
     assert "volcano" in done.stdout
