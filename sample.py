@@ -1,6 +1,6 @@
 """Draws pictures with Draft-and-Revise.
 
-    python sample.py --class 980                                              # 16 volcanoes in one picture
+    python sample.py --class 980                                              # 16 samples of it in one picture
     python sample.py --class volcano --strip --num 4                          # from the first draft to the last revision
     python sample.py --image IN.png --region 8,8,24,24 --class 980            # repaint a region as another class
     python sample.py --reconstruct IN.png                                     # what the RQ-VAE keeps, by depth
