@@ -107,8 +107,13 @@ class Views(torch.utils.data.Dataset):
     Item t is the batch of step t: uint8 images (B, 3, S, S), labels (B,), and how many files could not be read.
     """
 
-    def __init__(self, files, labels, size, batch_size, c):
+    def __init__(self, files, labels, classes, size, batch_size, c):
         self.size, self.batch_size = size, batch_size
+        self.favour = np.ones(labels.max() + 1)                               # of each class
+        if c.favour_class:
+            if c.favour_class not in classes:
+                raise UserError(f"data.favour_class is {c.favour_class!r}; the data has no class folder of that name.")
+            self.favour[classes.index(c.favour_class)] = c.favour
         self.seed, self.balance, self.flip, self.workers = c.seed, c.balance, c.flip, c.workers
         per_class = np.bincount(labels)                                       # n_c, files of each class
         count = np.maximum(c.views, np.ceil(c.class_views / np.maximum(per_class, 1))).astype(int)[labels]
@@ -119,9 +124,10 @@ class Views(torch.utils.data.Dataset):
     def keep(self, files, labels, view):
         """Sets the list of views, one entry each: file, label, number of the crop."""
         self.files, self.labels, self.view = files, labels, view
-        # P(class) ~ n_c^(1 - balance), shared equally by the views of the class
-        n_files, n_views = np.bincount(labels[view == 0]), np.bincount(labels)
-        weight = (n_files ** (1.0 - self.balance) / np.maximum(n_views, 1))[labels]
+        # P(class) ~ favour * n_c^(1 - balance), shared equally by the views of the class
+        n = len(self.favour)
+        n_files, n_views = np.bincount(labels[view == 0], minlength=n), np.bincount(labels, minlength=n)
+        weight = (self.favour * n_files ** (1.0 - self.balance) / np.maximum(n_views, 1))[labels]
         self.cdf = np.cumsum(weight / weight.sum())
 
     def __len__(self):

@@ -589,6 +589,7 @@ class TorchModel:
     def __init__(self, vae, transformer, device, dtype):
         self.vae = vae.to(device).eval()                     # stays float32
         self.transformer = transformer.to(device, dtype).eval()
+        self.size, self.side = vae.size, vae.side
         self.null, self.positions, self.depth = transformer.null, transformer.positions, transformer.depth
 
     @torch.inference_mode()

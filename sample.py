@@ -25,6 +25,9 @@ from common import HERE, add_device_arguments, grid, pick_device, run, save_pict
 from drr import UserError
 
 
+BUNDLED = HERE / "checkpoints" / "tiny-imagenet-32"
+
+
 def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -51,7 +54,10 @@ def parse_arguments():
     group.add_argument("--mask", metavar="PNG", help="the part to repaint: white in a picture of the same size")
     group.add_argument("--paste", action="store_true", help="put the original pixels back outside the part")
     group.add_argument("--reconstruct", metavar="PNG", help="show this picture beside its decodes from depth 1 .. D")
-    add("--checkpoint", metavar="DIR", default=str(HERE / "checkpoints" / "tiny-imagenet-32"))
+    add("--checkpoint", metavar="DIR", help="a folder with vae.safetensors and transformer.safetensors (the bundled one)")
+    add("--backend", default="torch", choices=["torch", "onnx", "trt"],
+        help="onnx, trt: the graphs or engines that export.py wrote, and no PyTorch weights")
+    add("--exported", metavar="DIR", default="exported", help="where export.py wrote them (exported)")
     add_device_arguments(parser)
     return parser.parse_args()
 
@@ -88,6 +94,37 @@ def pick_classes(text, info):
     if not text:
         raise UserError("Which class? Give --class an index, a wnid or a name, for example --class 980; `none` for none.")
     return [None if t.strip() == "none" else find_class(t, info.classes, info.titles) for t in text.split(",")]
+
+
+def load_model(args, device, dtype):
+    """What --checkpoint, --backend and --exported name: a model as drr.TorchModel is one, the
+    checkpoint's info, and the device."""
+    folder = args.checkpoint or BUNDLED
+    if args.backend == "torch":
+        vae, transformer, info = load_checkpoint(folder)
+        return drr.TorchModel(vae, transformer, device, dtype), info, device
+    import backends
+    if device.type == "mps":
+        if args.device == "mps":
+            raise UserError(f"--backend {args.backend} does not run on mps; use --device cpu.")
+        device = torch.device("cpu")
+    model, info = backends.load(args.backend, args.exported, device)
+    if args.checkpoint:                                           # named beside an export, it must be what was exported
+        vae, transformer, _ = load_checkpoint(folder)
+        if model.checkpoint != {"vae": drr.fingerprint(vae), "transformer": drr.fingerprint(transformer)}:
+            raise UserError(f"{args.exported} was exported from another checkpoint than {folder}; leave --checkpoint out, or "
+                            f"export it with python export.py --checkpoint {folder}.")
+    if args.precision not in ("auto", model.precision):
+        raise UserError(f"{args.exported} was exported in {model.precision}; leave --precision out, or export with "
+                        f"--precision {args.precision}.")
+    return model, info, device
+
+
+def load_checkpoint(folder):
+    if not Path(folder).is_dir():
+        raise UserError(f"The checkpoint folder {folder} does not exist; give --checkpoint a folder with "
+                        "vae.safetensors and transformer.safetensors, for example runs/PRESET.")
+    return drr.load_checkpoint(folder)
 
 
 def settings(args, info, positions):
@@ -186,14 +223,11 @@ def generate(model, cond, indices, seed, c, bar, codes=None, region=None, keep=(
 def main():
     args = parse_arguments()
     device, dtype = pick_device(args)
-    if not Path(args.checkpoint).is_dir():
-        raise UserError(f"The checkpoint folder {args.checkpoint} does not exist; give --checkpoint a folder with "
-                        "vae.safetensors and transformer.safetensors, for example runs/PRESET.")
     if args.reconstruct:
         used = {k for k, v in vars(args).items() if v not in (None, False, 0)}
-        if used - {"reconstruct", "out", "checkpoint", "device", "precision"}:
+        if used - {"reconstruct", "out", "checkpoint", "device", "precision", "backend", "exported"} or args.backend != "torch":
             raise UserError("--reconstruct goes with --out, --checkpoint and --device only; leave the other options out.")
-        vae, _ = drr.load_vae(Path(args.checkpoint) / "vae.safetensors")
+        vae, _ = drr.load_vae(Path(args.checkpoint or BUNDLED) / "vae.safetensors")
         original = data.to_float(data.crop(data.open_image(args.reconstruct), vae.size)[None], device)
         out = Path(args.out or "samples/reconstruction.png")
         check_writable(out)
@@ -203,9 +237,11 @@ def main():
 
     if bool(args.image) != bool(args.region or args.mask) or args.region and args.mask or args.paste and not args.image:
         raise UserError("Repainting needs --image with either --region or --mask; --paste goes with them.")
-    vae, transformer, info = drr.load_checkpoint(args.checkpoint)
+    model, info, device = load_model(args, device, dtype)
     classes = pick_classes(args.classes, info)
-    c = settings(args, info, transformer.positions)
+    c = settings(args, info, model.positions)
+    if args.backend != "torch":                                   # the largest power of two that the graphs take
+        c.batch_size = min(c.batch_size, 2 ** int(math.log2(model.max_batch)))
     num = args.num if args.num is not None else max(16, len(classes))
     if not len(classes) <= num <= 100_000:
         raise UserError(f"--num is {num}; expected a number from {len(classes)} (one for each class) to 100000.")
@@ -214,8 +250,8 @@ def main():
     original = mask = None
     if args.image:
         picture = data.open_image(args.image)
-        mask = repaint_mask(args, picture, vae.size)
-        original = data.to_float(data.crop(picture, vae.size)[None], device)
+        mask = repaint_mask(args, picture, model.size)
+        original = data.to_float(data.crop(picture, model.size)[None], device)
     name = (args.classes or "sample").replace(",", "-").replace(" ", "_").replace("/", "_")[:40]
     out = Path(args.out or f"samples/{name}_seed{args.seed}.png")
     check_writable(out)
@@ -223,11 +259,10 @@ def main():
         check_writable(Path(args.out_dir) / "000.png")
 
     # --- codes, in batches; then pixels ------------------------------------------------------------------------------
-    model = drr.TorchModel(vae, transformer, device, dtype)
     codes = region = None
     if args.image:                                            # a stack is drawn anew if any of its pixels is
-        f = vae.size // vae.side
-        region = mask.view(vae.side, f, vae.side, f).any(3).any(1).flatten().to(device)
+        f = model.size // model.side
+        region = mask.view(model.side, f, model.side, f).any(3).any(1).flatten().to(device)
         codes = model.encode(original)
         c.t_draft, c.t_revise = min(c.t_draft, int(region.sum())), min(c.t_revise, int(region.sum()))
     labels = [model.null if k is None else k for k in (classes[i % len(classes)] for i in range(num))]
@@ -246,14 +281,15 @@ def main():
             if args.paste:
                 images, *batch_states = (torch.where(mask.to(device), x, original) for x in (images, *batch_states))
             pixels.extend(to_pixels(images[:len(part)]))
-            states.extend(to_pixels(torch.cat(batch_states)).reshape(len(keep), len(padded), vae.size, vae.size, 3)
+            states.extend(to_pixels(torch.cat(batch_states)).reshape(len(keep), len(padded), model.size, model.size, 3)
                           .swapaxes(0, 1)[:len(part)] if keep else ())
             for i in part if args.out_dir else ():
                 save_picture(Image.fromarray(pixels[i]), Path(args.out_dir) / f"{i:03d}.png")
     seconds = time.time() - started
+    precision = str(dtype)[6:] if args.backend == "torch" else model.precision
 
     # --- the grid ----------------------------------------------------------------------------------------------------
-    scale, shown = max(1, 128 // vae.size), min(num, 400)
+    scale, shown = max(1, 128 // model.size), min(num, 400)
     if args.strip:
         picture = grid(np.concatenate(states[:shown]), len(keep), scale)
     elif args.image:
@@ -264,7 +300,7 @@ def main():
     save_picture(picture, out)
     named = ", ".join("no class" if k is None else f"{info.titles[k]} ({k})" for k in classes[:8])
     print(f"{named}{', ...' if len(classes) > 8 else ''}: {num} images in {seconds:.1f} s, {seconds / num:.2f} s per image "
-          f"({device}, {str(dtype)[6:]}) -> {out}"
+          f"({args.backend}, {device}, {precision}) -> {out}"
           + (f" (the first {shown})" if shown < num else "") + (f" and {args.out_dir}/" if args.out_dir else ""))
 
 

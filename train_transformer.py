@@ -61,7 +61,7 @@ def main():
     if c.cond == "class" and classes == [""]:
         raise UserError(f"{args.data} has no class folders; add them or train with transformer.cond=none.")
     titles = data.class_titles(args.data, classes)
-    views = data.Views(files, labels, vae.size, c.batch_size, config.data)
+    views = data.Views(files, labels, classes, vae.size, c.batch_size, config.data)
     codes = data.cached_codes(views, vae, out / "codes", device, dtype)           # (1 or 2, M, N, D)
     val, val_labels = data.validation_images(args.data, vae.size, 1024, classes)
     if val is not None:

@@ -83,7 +83,7 @@ def main():
 
     # --- data --------------------------------------------------------------------------------------------------------
     files, labels, classes = data.find_images(args.data)
-    views = data.Views(files, labels, c.resolution, c.batch_size, config.data)
+    views = data.Views(files, labels, classes, c.resolution, c.batch_size, config.data)
     if config.data.in_memory:
         views.load(device)
     val, _ = data.validation_images(args.data, c.resolution, 512, classes)

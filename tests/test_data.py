@@ -15,7 +15,7 @@ PHOTOS = TESTS / "photos"
 
 
 def data_section(**changes):
-    values = dict(views=1, class_views=1, balance=0.0, in_memory=True, workers=2, seed=0, flip=True)
+    values = dict(views=1, class_views=1, balance=0.0, favour_class="", favour=1.0, in_memory=True, workers=2, seed=0, flip=True)
     return SimpleNamespace(**{**values, **changes})
 
 
@@ -30,8 +30,8 @@ def write(path, seed=0, size=(40, 30)):
 
 
 def make_views(directory=PHOTOS, size=16, batch_size=8, load=False, **changes):
-    files, labels, _ = data.find_images(directory)
-    views = data.Views(files, labels, size, batch_size, data_section(**changes))
+    files, labels, classes = data.find_images(directory)
+    views = data.Views(files, labels, classes, size, batch_size, data_section(**changes))
     if load:
         views.load("cpu")
     return views
@@ -194,7 +194,8 @@ def counted(per_class, **changes):
     """Views of a data set that exists in name only: class c has per_class[c] files."""
     labels = np.repeat(np.arange(len(per_class)), per_class)
     files = [PHOTOS / f"{i}.png" for i in range(len(labels))]
-    return data.Views(files, labels, 16, 8, data_section(**changes))
+    classes = [f"class{c}" for c in range(len(per_class))]
+    return data.Views(files, labels, classes, 16, 8, data_section(**changes))
 
 
 def class_shares(views):
@@ -210,15 +211,20 @@ def test_rare_classes_get_more_crops():
         assert crops.tolist() == list(range(len(crops)))
 
 
-@pytest.mark.parametrize("balance", [0.0, 0.6, 1.0])
-def test_classes_are_as_frequent_as_the_balance_says(balance):
+@pytest.mark.parametrize("balance,favour", [(0.0, 1.0), (0.6, 1.0), (1.0, 1.0), (0.5, 20.0)])
+def test_classes_are_as_frequent_as_balance_and_favour_say(balance, favour):
     per_class = np.array([1, 3, 50])
-    views = counted(per_class, class_views=10, balance=balance)
-    expected = per_class ** (1 - balance)
+    views = counted(per_class, class_views=10, balance=balance, favour_class="class1", favour=favour)
+    expected = per_class ** (1 - balance) * [1, favour, 1]
     np.testing.assert_allclose(class_shares(views), expected / expected.sum())
     p = np.diff(views.cdf, prepend=0)
     for c in range(3):
         np.testing.assert_allclose(p[views.labels == c], p[views.labels == c][0])   # within a class all count the same
+
+
+def test_an_unknown_favourite_is_refused():
+    with pytest.raises(drr.UserError, match="class9"):
+        counted([1, 3], favour_class="class9")
 
 
 def test_draws_follow_the_cdf():

@@ -1,0 +1,288 @@
+"""Exported graphs in the place of the PyTorch networks: ONNX Runtime and TensorRT behind the loop of drr.py.
+
+    model, info = backends.load("onnx", "exported", torch.device("cpu"))
+    *_, last = drr.draft_and_revise(model, cond, noise, info.sample)
+    images = model.decode(last.codes)
+
+`export.py` writes what is loaded here: four ONNX graphs and manifest.json, which says what they are and what their bytes
+must be. All tensors, in and out, are torch tensors on one device; nothing is copied through the host. onnxruntime and
+tensorrt are imported only by the backend that needs them.
+"""
+import hashlib
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+
+from drr import UserError
+
+GRAPHS = ("spatial", "depth", "decoder", "encoder")
+MANIFEST_VERSION = 1
+TYPES = {"int64": torch.int64, "bool": torch.bool, "float32": torch.float32, "float16": torch.float16,
+         "bfloat16": torch.bfloat16}
+
+
+# === The manifest: DIR -> what the graphs are, every byte checked ===================================================
+def sha256(path):
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def read_manifest(directory):
+    """manifest.json of an exported folder, as a dictionary, once every file has the hash that it records. Raises
+    UserError for a folder that is missing, incomplete, damaged or of another version."""
+    path = Path(directory) / "manifest.json"
+    if not path.exists():
+        raise UserError(f"{directory} holds no exported model (no manifest.json); run python export.py --out {directory}.")
+    again = f"export it again with python export.py --out {directory}"
+    try:
+        manifest = json.loads(path.read_text())
+        version = manifest["version"]
+        if version != MANIFEST_VERSION:
+            raise UserError(f"{path} is of version {version}, this program reads version {MANIFEST_VERSION}; {again}.")
+        files = {name: digest for graph in GRAPHS for name, digest in manifest["graphs"][graph]["sha256"].items()}
+        assert all({"inputs", "outputs", "file"} <= manifest["graphs"][graph].keys() for graph in GRAPHS)
+        assert {"model", "vae", "transformer", "sample", "precision", "max_batch", "checkpoint"} <= manifest.keys()
+    except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
+        raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); {again}.") from None
+    for name, digest in files.items():
+        file = Path(directory) / name
+        if Path(name).name != name or not file.is_file():
+            raise UserError(f"{file} is missing; {again}.")
+        if sha256(file) != digest:
+            raise UserError(f"{file} is not the file that was exported: its SHA-256 differs from manifest.json's; {again}.")
+    return manifest
+
+
+def load(backend, directory, device, engines=None):
+    """The exported model of a folder, and what `drr.load_checkpoint` calls info.
+
+    backend "onnx" (ONNX Runtime; device cpu or cuda) or "trt" (TensorRT, device cuda; engines: the folder of its
+    engines, `engine_folder(directory)`). Raises UserError for what `read_manifest` refuses, and for a runtime, a
+    provider or an engine that is not there.
+    """
+    manifest = read_manifest(directory)
+    if backend == "onnx":
+        graphs = {name: OrtGraph(Path(directory), manifest, name, device) for name in GRAPHS}
+    else:
+        trt = import_tensorrt()
+        folder = Path(engines or engine_folder(directory))
+        graphs = {name: TrtGraph(trt, read_plan(trt, folder, manifest, name), manifest, name, device) for name in GRAPHS}
+    info = SimpleNamespace(classes=manifest["classes"], titles=manifest["titles"],
+                           **{k: SimpleNamespace(**manifest[k]) for k in ("vae", "transformer", "sample")})
+    return ExportedModel(graphs, manifest, device), info
+
+
+# === The model: what TorchModel does, by graphs =====================================================================
+class ExportedModel:
+    """Has the functions and sizes of drr.TorchModel. `graphs` maps each name in GRAPHS to a callable from torch tensors
+    to a list of torch tensors."""
+
+    def __init__(self, graphs, manifest, device):
+        self.graphs, self.device, self.precision = graphs, device, manifest["precision"]
+        for name, value in manifest["model"].items():     # size, side, positions, depth, null, ... as TorchModel has them
+            setattr(self, name, value)
+        self.max_batch, self.checkpoint = manifest["max_batch"], manifest["checkpoint"]
+        self.steps = [torch.tensor([d], device=device) for d in range(self.depth)]
+
+    def padded(self, name, *tensors):
+        """Tensors (rows, ...), filled up with rows of zeros to the next power of two, so that few different shapes occur:
+        TensorRT has a CUDA graph for each. No row of any graph looks at another, so what is filled in changes nothing."""
+        rows, most = len(tensors[0]), self.graphs[name].graph["max_rows"]
+        if rows > most:
+            raise UserError(f"The exported {name} graph takes at most {most} rows at a time and got {rows}; sample at most "
+                            f"{self.max_batch} pictures at once, or export with a larger --max-batch.")
+        size = min(2 ** math.ceil(math.log2(rows)), most)
+        return [t if size == rows else F.pad(t, (0, 0) * (t.dim() - 1) + (0, size - rows)) for t in tensors]
+
+    def context(self, codes, mask, cond):
+        return self.graphs["spatial"](*self.padded("spatial", codes, mask, cond))[0][:len(codes)]
+
+    def depth_step(self, h, stacks, d, cache):
+        P = len(h)
+        h, stacks = self.padded("depth", h, stacks)
+        if d == 0:
+            cache = h.new_zeros(self.n_depth, 2, len(h), self.heads, self.depth, self.head_dim)
+        logits, cache = self.graphs["depth"](h, stacks, self.steps[d], cache)
+        return logits[:P], cache
+
+    def decode(self, codes):
+        return self.graphs["decoder"](*self.padded("decoder", codes))[0][:len(codes)].clone()
+
+    def encode(self, images):
+        return self.graphs["encoder"](*self.padded("encoder", images))[0][:len(images)].clone()
+
+
+def check_inputs(inputs, entries):
+    """The feeding side's mistakes are ours, not the user's."""
+    for x, (name, _, dtype) in zip(inputs, entries, strict=True):
+        assert x.dtype == TYPES[dtype], f"{name} is {x.dtype}, the graph expects {dtype}"
+
+
+def output_shapes(inputs, outputs):
+    """Shapes of the outputs, with the number of rows that the inputs have."""
+    rows = len(inputs[0])
+    return [[rows if n == "rows" else n for n in shape] for _, shape, _ in outputs]
+
+
+# === ONNX Runtime ===================================================================================================
+class OrtGraph:
+    """One graph in an ONNX Runtime session. It reads and writes torch's own memory (IO binding)."""
+
+    def __init__(self, directory, manifest, name, device):
+        try:
+            import onnxruntime as ort
+        except ImportError as error:
+            raise UserError(f"--backend onnx needs onnxruntime ({error}); pip install -r requirements-export.txt.") from None
+        self.graph, self.device = manifest["graphs"][name], device
+        precision = manifest["precision"]
+        if device.type == "cpu" and precision == "bf16":
+            raise UserError("ONNX Runtime's CPU provider has no bf16; use --device cuda, or export with --precision fp32.")
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        options.log_severity_level = 3
+        providers = ["CPUExecutionProvider"]
+        if device.type == "cuda":
+            stream = torch.cuda.current_stream(device).cuda_stream
+            providers = [("CUDAExecutionProvider", {"device_id": device.index or 0, "user_compute_stream": str(stream),
+                                                    "use_tf32": "0" if precision == "fp32" else "1"})]
+        wanted = "CUDAExecutionProvider" if device.type == "cuda" else "CPUExecutionProvider"
+        try:
+            self.session = ort.InferenceSession(directory / self.graph["file"], options, providers=providers)
+        except Exception as error:                               # onnxruntime's own exceptions share no base class
+            raise UserError(f"ONNX Runtime cannot load {directory / self.graph['file']}: {error}") from None
+        if self.session.get_providers()[0] != wanted:            # it falls back to the CPU with no more than a log line
+            raise UserError("--device cuda was asked for, but ONNX Runtime has no working CUDA provider here "
+                            f"({', '.join(ort.get_available_providers())}); install onnxruntime-gpu and its CUDA libraries, "
+                            "or use --device cpu.")
+        import onnx                                              # only its table of element types
+        self.onnx_types = {torch.int64: onnx.TensorProto.INT64, torch.bool: onnx.TensorProto.BOOL,
+                           torch.float32: onnx.TensorProto.FLOAT, torch.float16: onnx.TensorProto.FLOAT16,
+                           torch.bfloat16: onnx.TensorProto.BFLOAT16}
+
+    def __call__(self, *inputs):
+        check_inputs(inputs, self.graph["inputs"])
+        inputs = [x.contiguous() for x in inputs]
+        binding = self.session.io_binding()
+        place = (self.device.type, self.device.index or 0)
+        for x, (name, _, _) in zip(inputs, self.graph["inputs"]):
+            binding.bind_input(name, *place, self.onnx_types[x.dtype], list(x.shape), x.data_ptr())
+        outputs = []
+        shapes = output_shapes(inputs, self.graph["outputs"])
+        for shape, (name, _, dtype) in zip(shapes, self.graph["outputs"]):
+            outputs.append(torch.empty(shape, dtype=TYPES[dtype], device=self.device))
+            binding.bind_output(name, *place, self.onnx_types[TYPES[dtype]], shape, outputs[-1].data_ptr())
+        self.session.run_with_iobinding(binding)
+        return outputs
+
+
+# === TensorRT: ONNX graph -> engine ("plan") -> CUDA graphs =========================================================
+def import_tensorrt():
+    try:
+        import tensorrt
+    except Exception as error:                   # not installed, or its libraries cannot be loaded
+        raise UserError(f"TensorRT cannot be imported ({error}); pip install tensorrt (its libraries come from "
+                        "NVIDIA's package index), or use --backend onnx.") from None
+    if not torch.cuda.is_available():
+        raise UserError("TensorRT needs an NVIDIA GPU that PyTorch sees, and there is none; use --backend onnx.")
+    return tensorrt
+
+
+def engine_folder(directory):
+    """Engines stay beside the exported folder, not in it: exporting anew replaces the folder, the engines are kept."""
+    return Path(f"{Path(directory).resolve()}-engines")
+
+
+def profiles(graph):
+    """The two numbers of rows that an engine is optimized for, few and many: (min, opt, max) each."""
+    most = graph["max_rows"]
+    few = min(64 if graph["file"] == "depth.onnx" else 4, most)
+    return [(1, max(1, few // 2), few), (1, max(1, most // 4), most)]
+
+
+def engine_key(trt, manifest, name, level):
+    """All that an engine depends on; it is good for nothing else."""
+    return {"graph": manifest["graphs"][name]["sha256"], "tensorrt": trt.__version__, "gpu": torch.cuda.get_device_name(),
+            "compute_capability": list(torch.cuda.get_device_capability()), "cuda": torch.version.cuda,
+            "precision": manifest["precision"], "profiles": profiles(manifest["graphs"][name]), "level": level}
+
+
+def plan_path(folder, name, key):
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+    return Path(folder) / f"{name}-{digest}.plan"
+
+
+def read_plan(trt, folder, manifest, name):
+    """The bytes of a graph's engine for this GPU and TensorRT. A plan is a program: nothing but one that was built here, as
+    its record says, is loaded. Raises UserError for one that is missing or altered."""
+    for level in range(5, -1, -1):                               # the most optimized one that there is
+        key = engine_key(trt, manifest, name, level)
+        path = plan_path(folder, name, key)
+        if path.exists() and path.with_suffix(".json").exists():
+            try:
+                record = json.loads(path.with_suffix(".json").read_text())
+            except ValueError:
+                record = {}
+            plan = path.read_bytes()
+            if record != {**key, "plan": hashlib.sha256(plan).hexdigest()}:
+                raise UserError(f"{path} is not the engine that its record describes; delete it and run "
+                                "python export.py --trt again.")
+            return plan
+    raise UserError(f"{folder} has no engine of the {name} graph for this GPU ({torch.cuda.get_device_name()}), TensorRT "
+                    f"{trt.__version__} and this export; run python export.py --trt on this machine.")
+
+
+class TrtGraph:
+    """One engine. Every number of rows has its own buffers, execution context and CUDA graph, made when it first comes:
+    changing a context after its work has been captured would leave the captured graph undefined.
+
+    What it returns stays valid until the next call with as many rows.
+    """
+
+    def __init__(self, trt, plan, manifest, name, device):
+        self.trt, self.graph, self.device = trt, manifest["graphs"][name], device
+        self.runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
+        self.engine = self.runtime.deserialize_cuda_engine(plan)
+        if self.engine is None:
+            raise UserError(f"TensorRT cannot load its engine of the {name} graph; run python export.py --trt again.")
+        self.tensors = {self.engine.get_tensor_name(i) for i in range(self.engine.num_io_tensors)}
+        self.shapes = {}
+
+    def __call__(self, *inputs):
+        check_inputs(inputs, self.graph["inputs"])
+        rows = len(inputs[0])
+        if rows not in self.shapes:
+            self.shapes[rows] = self.prepare(inputs)
+        graph, static_inputs, outputs, _ = self.shapes[rows]
+        for static, x in zip(static_inputs, inputs):
+            static.copy_(x)
+        graph.replay()
+        return outputs
+
+    def prepare(self, inputs):
+        """Buffers, context and CUDA graph for the number of rows that the inputs have."""
+        profile = next(i for i, (_, _, most) in enumerate(profiles(self.graph)) if len(inputs[0]) <= most)
+        context = self.engine.create_execution_context(self.trt.ExecutionContextAllocationStrategy.ON_PROFILE_CHANGE)
+        static_inputs = [x.clone(memory_format=torch.contiguous_format) for x in inputs]  # torch aligns to 512 bytes
+        shapes = output_shapes(inputs, self.graph["outputs"])
+        outputs = [torch.empty(shape, dtype=TYPES[dtype], device=self.device)
+                   for shape, (_, _, dtype) in zip(shapes, self.graph["outputs"])]
+        stream = torch.cuda.Stream(self.device)
+        stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(stream):
+            context.set_optimization_profile_async(profile, stream.cuda_stream)
+            for x, (name, _, _) in zip(static_inputs, self.graph["inputs"]):
+                if name in self.tensors:                         # D = 1 leaves some inputs without a use
+                    context.set_input_shape(name, tuple(x.shape))
+            for x, (name, _, _) in zip(static_inputs + outputs, self.graph["inputs"] + self.graph["outputs"]):
+                if name in self.tensors:
+                    context.set_tensor_address(name, x.data_ptr())
+            assert context.execute_async_v3(stream.cuda_stream), "TensorRT refused to run"     # once before the capture
+        stream.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            context.execute_async_v3(torch.cuda.current_stream(self.device).cuda_stream)
+        return graph, static_inputs, outputs, context

@@ -1,0 +1,507 @@
+"""Splits the model into ONNX graphs, checks them against PyTorch, and compiles them with TensorRT.
+
+    python export.py                            # exported/: four ONNX graphs and manifest.json
+    python sample.py --class 980 --backend onnx
+    python export.py --trt                      # also TensorRT engines, on a machine with an NVIDIA GPU
+    python sample.py --class 980 --backend trt
+
+    spatial   codes (B, N, D), mask (B, N), cond (B, L)                -> context (B, N, d_model)
+    depth     h (P, d_model), stacks (P, D), position (1,), cache      -> logits (P, K), cache; called D times a stack
+    decoder   codes (B, N, D)                                          -> images (B, 3, S, S)
+    encoder   images (B, 3, S, S)                                      -> codes (B, N, D)
+
+B pictures or P selected positions, the rows of a graph, are its one dynamic dimension. The loop of Draft-and-Revise, and
+every random number, stay in Python (drr.py): one loop for all backends, and the same seed gives the same picture.
+"""
+import argparse
+import contextlib
+import copy
+import ctypes
+import gc
+import hashlib
+import io
+import json
+import logging
+import os
+import resource
+import shutil
+import signal
+import statistics
+import sys
+import time
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+import backends
+import drr
+from common import HERE, load_config, run
+from drr import UserError
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+# The largest difference to PyTorch in float32 that a graph may show. fp32: absolute for outputs of ordinary size, 1e-5
+# standard deviations for large ones (the bundled model's context reaches 200, where float32 itself is no finer than
+# 2e-5). Lower precision: in standard deviations. Decoder and encoder always are float32, as in TorchModel. The encoder's
+# output is codes: the share of them that differs, since a near tie between two codes may fall either way.
+BOUNDS = {"fp32": {"spatial": 1e-4, "depth": 1e-4, "decoder": 5e-4, "encoder": 0.01},
+          "fp16": {"spatial": 0.02, "depth": 0.02, "decoder": 5e-4, "encoder": 0.01},
+          "bf16": {"decoder": 5e-4, "encoder": 0.01}}
+
+
+# === The graphs: PyTorch modules whose forward is what is exported ==================================================
+class Spatial(nn.Module):
+    def __init__(self, transformer):
+        super().__init__()
+        self.transformer = transformer
+
+    def forward(self, codes, mask, cond):
+        return self.transformer.context(codes, mask, cond)
+
+
+class DepthStep(nn.Module):
+    """`ContextualRQTransformer.depth_step` with `position` as a tensor, (1,), and a cache of fixed size that goes in and
+    comes out, so that one graph serves all D steps: comparisons instead of slices, no writing in place."""
+
+    def __init__(self, transformer):
+        super().__init__()
+        self.transformer = transformer
+        self.register_buffer("depths", torch.arange(transformer.depth), persistent=False)
+
+    def forward(self, h, stacks, position, cache):
+        t, P = self.transformer, h.shape[0]
+        v = h
+        if t.depth > 1:
+            earlier = (self.depths < position)[:, None].to(h.dtype)         # (D, 1): the codes chosen so far
+            e = (F.embedding(stacks, t.codebook) * earlier).sum(1)
+            v = torch.where(position == 0, h, t.w_depth(e))
+        v = v + t.depth_pos[position]                                       # (P, d_model)
+        here = (self.depths == position)[:, None]                           # (D, 1)
+        bias = torch.where(self.depths <= position, 0.0, -1e4).to(h.dtype)  # (D,): later positions are not seen
+        caches = []
+        for block, block_cache in zip(t.depthwise, cache.unbind()):
+            q, k, v_ = block.qkv(block.ln1(v)).view(P, 3, t.heads, 1, t.head_dim).unbind(1)
+            k, v_ = torch.where(here, k, block_cache[0]), torch.where(here, v_, block_cache[1])     # (P, heads, D, head_dim)
+            scores = q * t.head_dim ** -0.5 @ k.transpose(-2, -1) + bias                            # (P, heads, 1, D)
+            v = v + block.proj((scores.softmax(-1) @ v_).reshape(P, -1))
+            v = v + block.fc2(F.gelu(block.fc1(block.ln2(v))))
+            caches.append(torch.stack([k, v_]))
+        return t.classifier(t.ln(v)).float(), torch.stack(caches)
+
+
+class Decoder(nn.Module):
+    def __init__(self, vae):
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, codes):
+        return self.vae.decode(codes)
+
+
+class Encoder(Decoder):
+    def forward(self, images):
+        return self.vae.encode(images)
+
+
+class Float32Norm(nn.Module):
+    """A normalization that computes in float32 whatever comes in."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.norm = norm.float()
+
+    def forward(self, x):
+        return self.norm(x.float()).to(x.dtype)
+
+
+def lowered(transformer, dtype):
+    """A copy of the transformer in `dtype`, its normalizations in float32. The transformer itself for float32."""
+    if dtype == torch.float32:
+        return transformer
+    transformer = copy.deepcopy(transformer).to(dtype)
+    for module in list(transformer.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.LayerNorm):
+                setattr(module, name, Float32Norm(child))
+    return transformer
+
+
+def source_hash():
+    """The code that makes the graphs: with other code a set is out of date."""
+    return hashlib.sha256(b"".join((HERE / name).read_bytes() for name in ("drr.py", "export.py"))).hexdigest()
+
+
+def describe(vae, transformer, info, precision, max_batch):
+    """The manifest without its hashes: what the graphs are, and their inputs and outputs as [name, shape, type]. "rows" in
+    a shape is the dynamic dimension, at most `max_rows`."""
+    t, (K, _) = transformer, transformer.codebook.shape
+    N, D, d, S = t.positions, t.depth, t.ln.weight.numel(), vae.size
+    kind = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}[precision]
+    cache = [len(t.depthwise), 2, "rows", t.heads, D, t.head_dim]
+    codes, images = ["codes", ["rows", N, D], "int64"], ["images", ["rows", 3, S, S], "float32"]
+    pictures, guided = max_batch, 2 * max_batch                     # guidance doubles the transformer's batch
+    graphs = {
+        "spatial": {"opset": 20, "max_rows": guided,
+                    "inputs": [codes, ["mask", ["rows", N], "bool"], ["cond", ["rows", t.cond_length], "int64"]],
+                    "outputs": [["context", ["rows", N, d], kind]]},
+        "depth": {"opset": 20, "max_rows": guided * N,
+                  "inputs": [["h", ["rows", d], kind], ["stacks", ["rows", D], "int64"], ["position", [1], "int64"],
+                             ["cache", cache, kind]],
+                  "outputs": [["logits", ["rows", K], "float32"], ["new_cache", cache, kind]]},
+        "decoder": {"opset": 22, "max_rows": pictures, "inputs": [codes], "outputs": [images]},
+        "encoder": {"opset": 22, "max_rows": pictures, "inputs": [images], "outputs": [codes]}}
+    for name, graph in graphs.items():
+        graph["file"] = f"{name}.onnx"
+    return {"version": backends.MANIFEST_VERSION, "source": source_hash(), "precision": precision, "max_batch": max_batch,
+            "checkpoint": {"vae": drr.fingerprint(vae), "transformer": drr.fingerprint(transformer)},
+            "model": {"size": S, "side": vae.side, "positions": N, "depth": D, "null": t.null, "cond_length": t.cond_length,
+                      "n_depth": len(t.depthwise), "heads": t.heads, "head_dim": t.head_dim},
+            "vae": vars(info.vae), "transformer": vars(info.transformer), "sample": vars(info.sample),
+            "classes": info.classes, "titles": info.titles, "graphs": graphs}
+
+
+# === Writing: module -> DIR/NAME.onnx and NAME.onnx.data ============================================================
+def example(graph, rows, model, codebook_size, seed=0):
+    """Inputs of a graph with so many rows: random codes, masks and conditions, normal numbers for the rest."""
+    generator = torch.Generator().manual_seed(seed)
+    result = []
+    for name, shape, dtype in graph["inputs"]:
+        shape = [rows if n == "rows" else n for n in shape]
+        if dtype == "int64":
+            high = {"cond": model["null"] + 1, "position": 1}.get(name, codebook_size)
+            result.append(torch.randint(high, shape, generator=generator))
+        elif dtype == "bool":
+            result.append(torch.rand(shape, generator=generator) < 0.5)
+        else:
+            result.append(torch.randn(shape, generator=generator).to(backends.TYPES[dtype]))
+    return result
+
+
+def write_graph(module, graph, inputs, directory):
+    """torch.onnx.export with a dynamic number of rows; weights go to a second file beside the graph."""
+    rows = torch.export.Dim("rows", min=1, max=graph["max_rows"])
+    dynamic = tuple({i: rows for i, n in enumerate(shape) if n == "rows"} for _, shape, _ in graph["inputs"])
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(module, tuple(inputs), directory / graph["file"], dynamo=True, opset_version=graph["opset"],
+                          input_names=[name for name, _, _ in graph["inputs"]],
+                          output_names=[name for name, _, _ in graph["outputs"]],
+                          dynamic_shapes=dynamic, external_data=True, verbose=False)
+
+
+# === Checking: the same inputs through ONNX Runtime and through PyTorch in float32 ==================================
+@torch.inference_mode()
+def compare(name, run_graph, graph, vae, transformer, model, rows):
+    """The largest difference between a graph and PyTorch in float32, and the standard deviation of PyTorch's output."""
+    K = len(transformer.codebook)
+    inputs = example(graph, rows, model, K)
+    if name == "spatial":
+        ours, theirs = run_graph(*inputs)[0], transformer.context(*inputs)
+    elif name == "depth":                                          # all depths of a stack, through the cache
+        h, stacks, _, cache = inputs
+        cache, logits = torch.zeros_like(cache), []
+        for d in range(model["depth"]):
+            step, cache = run_graph(h, stacks, torch.tensor([d]), cache)
+            logits.append(step)
+        ours, theirs = torch.stack(logits, 1), transformer.depth_logits(h.float(), stacks)
+    elif name == "decoder":
+        ours, theirs = run_graph(*inputs)[0], vae.decode(*inputs)
+    else:                                                          # pictures, not noise: what random codes decode to
+        images = vae.decode(torch.randint(K, (rows, model["positions"], model["depth"]),
+                                          generator=torch.Generator().manual_seed(1))).clamp(-1, 1)
+        return (run_graph(images)[0] != vae.encode(images)).float().mean().item(), 1.0
+    difference = (ours.float() - theirs).abs().max().item()
+    if not ours.isfinite().all():
+        difference = float("inf")
+    return difference, theirs.std().item()
+
+
+def verify(name, directory, manifest, vae, transformer, sizes=(1, 2, 5)):
+    """onnx.checker in full, then `compare` at several numbers of rows. Records the largest difference in the manifest and
+    returns a line about it; raises UserError when it is over the bound."""
+    import onnx
+
+    graph, precision = manifest["graphs"][name], manifest["precision"]
+    onnx.checker.check_model(directory / graph["file"], full_check=True)
+    lowered_graph = precision != "fp32" and name in ("spatial", "depth")
+    device = torch.device("cpu")
+    if lowered_graph and precision == "bf16":                      # ONNX Runtime has bf16 on a GPU only
+        graph["max_difference"] = None
+        return f"{name}: checked, not compared: ONNX Runtime's CPU provider has no bf16"
+    run_graph = backends.OrtGraph(directory, manifest, name, device)
+    rows = sorted({min(n, graph["max_rows"]) for n in sizes})
+    results = [compare(name, run_graph, graph, vae, transformer, manifest["model"], n) for n in rows]
+    scale = max(s for _, s in results) if lowered_graph else max(1.0, max(s for _, s in results) / 10)
+    difference, bound = max(d for d, _ in results), BOUNDS[precision][name] * scale
+    graph["max_difference"] = difference
+    what = "of all codes differ" if name == "encoder" else "largest difference to PyTorch"
+    line = f"{name}: {difference:.1e} {what} (rows {', '.join(map(str, rows))}; bound {bound:.1e})"
+    if not difference <= bound:
+        raise UserError(f"The exported graph does not do what PyTorch does, nothing was written: {line}.")
+    return line
+
+
+# === All or nothing: DIR beside the old one, then one rename ========================================================
+def swap_in(new, directory):
+    """Puts the folder `new` in the place of `directory` in one step; what was there is deleted afterwards."""
+    if not directory.exists():
+        return os.rename(new, directory)
+    exchange = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if sys.platform == "linux" else None
+    here, flag = -100, 2                                           # AT_FDCWD, RENAME_EXCHANGE
+    if exchange is None or exchange(here, os.fsencode(new), here, os.fsencode(directory), flag):
+        old = new.with_suffix(".old")                              # no exchange on this system: two renames
+        os.rename(directory, old)
+        os.rename(new, directory)
+        os.rename(old, new)
+    shutil.rmtree(new)
+
+
+def clean_up(directory):
+    """Removes what exports into this folder left behind that were killed."""
+    for path in directory.parent.glob(f".{directory.name}.*.partial"):
+        pid = path.name.split(".")[-2]
+        if pid.isdigit() and not is_running(int(pid)):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def is_running(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def check_target(directory):
+    """Nothing but an earlier export is ever replaced."""
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())
+                               and not (directory / "manifest.json").exists()):
+        raise UserError(f"{directory} exists and is no exported model; give --out another folder.")
+
+
+def export(vae, transformer, info, directory, precision, max_batch):
+    """Writes and verifies all graphs and the manifest as the folder `directory`; what was there before stays until all is
+    complete. Raises UserError when a graph differs from PyTorch, or cannot be written."""
+    check_target(directory)
+    partial = directory.with_name(f".{directory.name}.{os.getpid()}.partial")
+    manifest = describe(vae, transformer, info, precision, max_batch)
+    try:
+        import onnx
+        import onnxruntime
+        import onnxscript
+    except ImportError as error:
+        raise UserError(f"Exporting needs onnx, onnxscript and onnxruntime ({error}); "
+                        "pip install -r requirements-export.txt.") from None
+    manifest["versions"] = {m.__name__: m.__version__ for m in (torch, onnx, onnxscript, onnxruntime)}
+    for name in ("onnxscript", "torch.onnx"):                      # their warnings are about packages that nothing here uses
+        logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        clean_up(directory)
+        partial.mkdir()
+        with tqdm(total=3 * len(backends.GRAPHS), desc="exporting", unit="step") as bar:
+            for name, graph in manifest["graphs"].items():
+                bar.set_postfix_str(f"{name}: writing")
+                t = lowered(transformer, DTYPES[precision]) if name in ("spatial", "depth") else None
+                module = {"spatial": lambda: Spatial(t), "depth": lambda: DepthStep(t), "decoder": lambda: Decoder(vae),
+                          "encoder": lambda: Encoder(vae)}[name]()
+                write_graph(module.eval(), graph, example(graph, min(3, graph["max_rows"]), manifest["model"],
+                                                          len(transformer.codebook)), partial)
+                del module, t
+                gc.collect()
+                bar.update()
+                bar.set_postfix_str(f"{name}: checking")
+                tqdm.write(verify(name, partial, manifest, vae, transformer))
+                bar.update()
+                bar.set_postfix_str(f"{name}: hashing")
+                graph["sha256"] = {p.name: backends.sha256(p) for p in sorted(partial.glob(f"{name}.onnx*"))}
+                bar.update()
+        (partial / "manifest.json").write_text(json.dumps(manifest, indent=1))
+        swap_in(partial, directory)
+    except OSError as error:
+        raise UserError(f"{directory} could not be written ({error.strerror or error}); free some space or choose another "
+                        "place; an earlier export is untouched.") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return manifest
+
+
+# === TensorRT: ONNX graph -> engine =================================================================================
+def build_engines(directory, manifest, folder, level):
+    """Builds the engines that are not in `folder` yet, one for each graph; what it takes is in `backends.engine_key`."""
+    trt = backends.import_tensorrt()
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in tqdm(backends.GRAPHS, desc="building engines", unit="engine"):
+        key = backends.engine_key(trt, manifest, name, level)
+        path = backends.plan_path(folder, name, key)
+        record = path.with_suffix(".json")
+        if path.exists() and record.exists():
+            tqdm.write(f"{name}: {path.name} is there")
+            continue
+        plan = build_engine(trt, directory / manifest["graphs"][name]["file"], manifest["graphs"][name], level,
+                            manifest["precision"], folder / "timing.cache")
+        with drr.replacing(path) as temporary:
+            temporary.write_bytes(plan)
+        with drr.replacing(record) as temporary:                   # last: a plan without its record is never loaded
+            temporary.write_text(json.dumps({**key, "plan": backends.sha256(path)}))
+        tqdm.write(f"{name}: built {path.name}, {len(plan) / 2 ** 20:.0f} MiB")
+
+
+def build_engine(trt, onnx_file, graph, level, precision, timing_cache):
+    """The bytes of a strongly typed engine: each layer has the precision that the ONNX graph says."""
+    logger = trt.Logger(trt.Logger.WARNING)
+    builder = trt.Builder(logger)
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(network, logger)
+    if not parser.parse_from_file(str(onnx_file)):
+        errors = "; ".join(str(parser.get_error(i)) for i in range(parser.num_errors))
+        raise UserError(f"TensorRT {trt.__version__} cannot parse {onnx_file}: {errors}")
+    config = builder.create_builder_config()
+    config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, 4 << 30)
+    config.builder_optimization_level = level
+    if precision == "fp32":
+        config.clear_flag(trt.BuilderFlag.TF32)                    # on by default, with 10 bits of mantissa
+    cache = config.create_timing_cache(timing_cache.read_bytes() if timing_cache.exists() else b"")
+    config.set_timing_cache(cache, ignore_mismatch=False)
+    for row_range in backends.profiles(graph):
+        profile = builder.create_optimization_profile()
+        for name, shape, _ in graph["inputs"]:
+            profile.set_shape(name, *([rows if n == "rows" else n for n in shape] for rows in row_range))
+        config.add_optimization_profile(profile)
+    plan = builder.build_serialized_network(network, config)
+    if plan is None:
+        raise UserError(f"TensorRT {trt.__version__} could not build an engine of {onnx_file}; its messages above say why.")
+    with drr.replacing(timing_cache) as temporary:
+        temporary.write_bytes(bytes(config.get_timing_cache().serialize()))
+    return bytes(plan)
+
+
+# === --bench: seconds per image of each backend =====================================================================
+def bench_worker(connection, backend, args, device):
+    """One backend in a process of its own, so that its peak memory is its own: decodes whenever it is told to."""
+    torch.set_num_threads(args.threads)
+    if backend.startswith("torch"):
+        vae, transformer, info = load_model(args)
+        model = drr.TorchModel(vae, transformer, device, DTYPES[backend.split()[1]])
+    else:
+        model, info = backends.load(backend.split()[0], args.out, device, args.engines)
+    while True:
+        batch, t_draft = connection.recv()
+        info.sample.t_draft = min(t_draft, model.positions)
+        noise = drr.draw_noise(0, range(batch), 1 + info.sample.rounds, model.positions, model.depth)
+        cond = torch.zeros(batch, 1, dtype=torch.int64, device=device)
+        started = time.perf_counter()
+        *_, last = drr.draft_and_revise(model, cond, noise, info.sample)
+        model.decode(last.codes).cpu()                              # waits for the device
+        seconds = time.perf_counter() - started
+        memory = (torch.cuda.mem_get_info()[1] - torch.cuda.mem_get_info()[0] if device.type == "cuda"
+                  else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+        connection.send((seconds, memory))
+
+
+def bench(args, manifest, device, kinds):
+    """Prints a table: each backend's median of `args.repeat` decodes, taken in turns, beside eager PyTorch's."""
+    context, workers = torch.multiprocessing.get_context("spawn"), {}
+    for kind in kinds:
+        here, there = context.Pipe()
+        process = context.Process(target=bench_worker, args=(there, kind, args, device), daemon=True)
+        process.start()
+        there.close()
+        workers[kind] = here
+    print(f"{device}, {args.threads} threads, torch {torch.__version__}; memory is the process's peak, on a GPU the GPU's")
+    print("backend, precision  batch  T_draft  s per image  images per s   memory  PyTorch / this")
+    for batch in sorted({1, min(16, manifest["max_batch"]), manifest["max_batch"]} if device.type == "cuda"
+                        else {1, min(16, manifest["max_batch"])}):
+        for t_draft in (8, 64):
+            times = {kind: [] for kind in kinds}
+            for trial in range(1 + args.repeat):                    # the first is the warm-up
+                for kind, connection in workers.items():
+                    connection.send((batch, t_draft))
+                    try:
+                        seconds, memory = connection.recv()
+                    except EOFError:
+                        raise UserError(f"The backend {kind} failed; what it said stands above.") from None
+                    times[kind].append((seconds, memory))
+            for kind in kinds:
+                seconds = statistics.median(s for s, _ in times[kind][1:])
+                ratio = statistics.median(a / b for (a, _), (b, _) in zip(times[kinds[0]][1:], times[kind][1:]))
+                print(f"{kind:18}  {batch:5}  {t_draft:7}  {seconds / batch:11.4f}  {batch / seconds:12.2f}  "
+                      f"{times[kind][-1][1] / 2 ** 20:4.0f} MiB  {ratio:14.2f}", flush=True)
+
+
+# === Command line ===================================================================================================
+def load_model(args):
+    """The checkpoint, or with --random a preset's model with random weights and 1,000 classes."""
+    if not args.random:
+        return drr.load_checkpoint(args.checkpoint or HERE / "checkpoints" / "tiny-imagenet-32")
+    config = load_config(args.random)
+    torch.manual_seed(0)
+    vae = drr.RQVAE(config.vae)
+    classes = [str(i) for i in range(1000)]
+    transformer = drr.ContextualRQTransformer(config.transformer, drr.conditions(config.transformer, classes),
+                                              vae.side ** 2, vae.quantizer.depth, vae.quantizer.codebook)
+    return (vae.requires_grad_(False).eval(), transformer.requires_grad_(False).eval(),
+            SimpleNamespace(**vars(config), classes=classes, titles=classes))
+
+
+def fitting_export(args, vae, transformer):
+    """The manifest in --out if it is the export that is asked for, undamaged, by these versions; else None."""
+    try:
+        manifest = backends.read_manifest(args.out)
+    except UserError:
+        return None
+    same = (manifest["checkpoint"] == {"vae": drr.fingerprint(vae), "transformer": drr.fingerprint(transformer)}
+            and (manifest["precision"], manifest["max_batch"]) == (args.precision, args.max_batch)
+            and manifest["versions"]["torch"] == torch.__version__ and manifest["source"] == source_hash())
+    return manifest if same else None
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--checkpoint", metavar="DIR", help="what to export (the bundled checkpoint)")
+    add("--random", metavar="PRESET", help="a preset of config.yaml with random weights instead, to measure its speed")
+    add("--out", type=Path, metavar="DIR", default=Path("exported"), help="where the graphs go, all or nothing (exported)")
+    add("--precision", choices=list(DTYPES), default="fp32", help="of the transformers; decoder and encoder stay in fp32")
+    add("--max-batch", type=int, default=64, metavar="N", help="most pictures at a time (64)")
+    add("--trt", action="store_true", help="build TensorRT engines too; an export that fits is used as it is")
+    add("--engines", type=Path, metavar="DIR", help="where engines are kept (OUT-engines)")
+    add("--level", type=int, default=3, choices=range(6), help="TensorRT's optimization level (3)")
+    add("--bench", action="store_true", help="measure all backends; an export that fits is used as it is")
+    add("--repeat", type=int, default=3, metavar="R", help="decodes per row of --bench; the median counts (3)")
+    args = parser.parse_args()
+    if not 1 <= args.max_batch <= 4096:
+        raise UserError(f"--max-batch is {args.max_batch}; expected a number from 1 to 4096.")
+    if args.random and args.checkpoint:
+        raise UserError("Give --checkpoint or --random, not both.")
+    args.engines, args.threads = args.engines or backends.engine_folder(args.out), torch.get_num_threads()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)      # so that a stopped export cleans up after itself
+    vae, transformer, info = load_model(args)
+    manifest = fitting_export(args, vae, transformer) if args.trt or args.bench else None
+    if manifest:
+        print(f"{args.out}/ is up to date")
+    else:
+        manifest = export(vae, transformer, info, args.out.absolute(), args.precision, args.max_batch)
+        size = sum(p.stat().st_size for p in args.out.iterdir())
+        print(f"{', '.join(g['file'] for g in manifest['graphs'].values())}: {size / 2 ** 20:.0f} MiB -> {args.out}/")
+    del vae, transformer
+    if args.trt:
+        build_engines(args.out, manifest, args.engines, args.level)
+        print(f"engines -> {args.engines}/")
+    if args.bench:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        low = args.precision if args.precision != "fp32" else "bf16"
+        kinds = ["torch fp32", f"torch {low}"] if device.type == "cuda" or low == "bf16" else ["torch fp32"]
+        if device.type == "cuda" or args.precision != "bf16":
+            kinds.append(f"onnx {args.precision}")
+        bench(args, manifest, device, kinds + ([f"trt {args.precision}"] if args.trt else []))
+
+
+if __name__ == "__main__":
+    run(main)
