@@ -139,7 +139,8 @@ class OrtGraph:
             raise UserError(f"--backend onnx needs onnxruntime ({error}); pip install -r requirements-export.txt.") from None
         self.graph, self.device = manifest["graphs"][name], device
         precision = manifest["precision"]
-        if device.type == "cpu" and precision == "bf16":
+        types = {dtype for _, _, dtype in self.graph["inputs"] + self.graph["outputs"]}
+        if device.type == "cpu" and "bfloat16" in types:
             raise UserError("ONNX Runtime's CPU provider has no bf16; use --device cuda, or export with --precision fp32.")
         options = ort.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
@@ -197,10 +198,10 @@ def engine_folder(directory):
 
 
 def profiles(graph):
-    """The two numbers of rows that an engine is optimized for, few and many: (min, opt, max) each."""
+    """The two numbers of rows that an engine is optimized for, few and many: [min, opt, max] each."""
     most = graph["max_rows"]
     few = min(64 if graph["file"] == "depth.onnx" else 4, most)
-    return [(1, max(1, few // 2), few), (1, max(1, most // 4), most)]
+    return [[1, max(1, few // 2), few], [1, max(1, most // 4), most]]
 
 
 def engine_key(trt, manifest, name, level):

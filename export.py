@@ -49,8 +49,8 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # 2e-5). Lower precision: in standard deviations. Decoder and encoder always are float32, as in TorchModel. The encoder's
 # output is codes: the share of them that differs, since a near tie between two codes may fall either way.
 BOUNDS = {"fp32": {"spatial": 1e-4, "depth": 1e-4, "decoder": 5e-4, "encoder": 0.01},
-          "fp16": {"spatial": 0.02, "depth": 0.02, "decoder": 5e-4, "encoder": 0.01},
-          "bf16": {"decoder": 5e-4, "encoder": 0.01}}
+          "fp16": {"spatial": 0.05, "depth": 0.05, "decoder": 5e-4, "encoder": 0.01},
+          "bf16": {"spatial": 0.3, "depth": 0.3, "decoder": 5e-4, "encoder": 0.01}}
 
 
 # === The graphs: PyTorch modules whose forward is what is exported ==================================================
@@ -230,9 +230,12 @@ def verify(name, directory, manifest, vae, transformer, sizes=(1, 2, 5)):
     lowered_graph = precision != "fp32" and name in ("spatial", "depth")
     device = torch.device("cpu")
     if lowered_graph and precision == "bf16":                      # ONNX Runtime has bf16 on a GPU only
-        graph["max_difference"] = None
-        return f"{name}: checked, not compared: ONNX Runtime's CPU provider has no bf16"
-    run_graph = backends.OrtGraph(directory, manifest, name, device)
+        if not torch.cuda.is_available():
+            graph["max_difference"] = None
+            return f"{name}: checked, but not compared with PyTorch: without a GPU, ONNX Runtime has no bf16"
+        device = torch.device("cuda")
+    session = backends.OrtGraph(directory, manifest, name, device)
+    run_graph = lambda *inputs: [x.cpu() for x in session(*(x.to(device) for x in inputs))]
     rows = sorted({min(n, graph["max_rows"]) for n in sizes})
     results = [compare(name, run_graph, graph, vae, transformer, manifest["model"], n) for n in rows]
     scale = max(s for _, s in results) if lowered_graph else max(1.0, max(s for _, s in results) / 10)

@@ -1,0 +1,478 @@
+"""Exported graphs: parity with PyTorch, the same loop around them, all-or-nothing writing, every tampering noticed."""
+import ast
+import json
+import re
+import shutil
+import signal
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import REPO, TESTS, sample_section, transformer_section, vae_section
+
+import backends
+import drr
+import export
+import sample
+from test_scripts import ENVIRONMENT, execute
+
+CPU = torch.device("cpu")
+CLASSES = ["n01", "n02", "n03"]
+
+
+def make_checkpoint(folder, depth=4, seed=0):
+    """Random weights, large enough that every input matters; 8x8 positions."""
+    torch.manual_seed(seed)
+    vae_c, transformer_c = vae_section(depth=depth), transformer_section(d_model=64, head_dim=32)
+    vae = drr.RQVAE(vae_c).eval()
+    vae.quantizer.codebook.mul_(0.5)
+    transformer = drr.ContextualRQTransformer(transformer_c, len(CLASSES), 64, depth, vae.quantizer.codebook)
+    with torch.no_grad():
+        for p in transformer.parameters():
+            p.add_(torch.randn(p.shape), alpha=0.1)
+    transformer_c.half = False
+    config = SimpleNamespace(vae=vae_c, transformer=transformer_c, sample=sample_section(t_draft=8))
+    drr.save_vae(folder / "vae.safetensors", vae, config)
+    drr.save_transformer(folder / "transformer.safetensors", transformer, config, CLASSES, CLASSES, vae)
+    return folder
+
+
+@pytest.fixture(scope="session", params=[4, 1], ids=["D=4", "D=1"])
+def exported(request, tmp_path_factory):
+    """(checkpoint, exported folder, max_batch) of a small model, once with stacks of 4 codes and once with single codes."""
+    folder = tmp_path_factory.mktemp(f"export{request.param}")
+    checkpoint = make_checkpoint(folder / "checkpoint", request.param)
+    export.export(*drr.load_checkpoint(checkpoint), folder / "out", "fp32", 5)
+    return checkpoint, folder / "out"
+
+
+@pytest.fixture
+def pair(exported):
+    """The same model twice: in PyTorch, and as ONNX graphs."""
+    vae, transformer, info = drr.load_checkpoint(exported[0])
+    return drr.TorchModel(vae, transformer, CPU, torch.float32), backends.load("onnx", exported[1], CPU)[0], info
+
+
+@pytest.fixture
+def out(exported, tmp_path):
+    """A copy that a test may damage."""
+    return Path(shutil.copytree(exported[1], tmp_path / "out"))
+
+
+# === Parity =========================================================================================================
+@pytest.mark.parametrize("rows", [1, 2, 5])
+def test_context_equals_pytorch(pair, rows):
+    ours, onnx, _ = pair
+    g = torch.Generator().manual_seed(rows)
+    codes = torch.randint(64, (rows, 64, ours.depth), generator=g)
+    mask, cond = torch.rand(rows, 64, generator=g) < 0.5, torch.randint(4, (rows, 1), generator=g)
+    expected = ours.context(codes, mask, cond)
+    torch.testing.assert_close(onnx.context(codes, mask, cond), expected, atol=1e-4, rtol=0)
+    assert expected.std() > 0.1
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5])
+def test_depth_step_equals_pytorch_at_every_depth(pair, rows):
+    ours, onnx, _ = pair
+    g = torch.Generator().manual_seed(rows)
+    h, stacks = torch.randn(rows, 64, generator=g), torch.randint(64, (rows, ours.depth), generator=g)
+    expected, cache = ours.transformer.depth_logits(h, stacks), None
+    for d in range(ours.depth):
+        poisoned = stacks.clone()
+        poisoned[:, d:] = 63 - stacks[:, d:]                       # codes that are not chosen yet must not matter
+        logits, cache = onnx.depth_step(h, poisoned, d, cache)
+        torch.testing.assert_close(logits, expected[:, d], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5])
+def test_decoder_and_encoder_equal_pytorch(pair, rows):
+    ours, onnx, _ = pair
+    codes = torch.randint(64, (rows, 64, ours.depth), generator=torch.Generator().manual_seed(rows))
+    images = ours.decode(codes)
+    torch.testing.assert_close(onnx.decode(codes), images, atol=5e-4, rtol=0)
+    assert (onnx.encode(images) == ours.encode(images)).float().mean() >= 0.99
+
+
+@pytest.mark.parametrize("guidance", [1.0, 1.8])
+@pytest.mark.parametrize("inpaint", [False, True])
+def test_a_whole_decode_draws_the_same_codes(pair, guidance, inpaint):
+    ours, onnx, info = pair
+    c = sample_section(t_draft=8, revise_guidance=guidance)
+    cond, noise = torch.tensor([[0], [1], [2]]), drr.draw_noise(3, range(3), 3, 64, ours.depth)
+    codes = region = None
+    if inpaint:
+        codes = torch.randint(64, (3, 64, ours.depth), generator=torch.Generator().manual_seed(0))
+        region = torch.arange(64) % 7 < 3
+    results = [list(drr.draft_and_revise(m, cond, noise, c, codes, region))[-1].codes for m in (ours, onnx)]
+    assert (results[0] == results[1]).float().mean() >= 0.999
+    if inpaint:
+        assert torch.equal(results[1][:, ~region], codes[:, ~region])
+    images = [ours.decode(results[0]), onnx.decode(results[0])]
+    torch.testing.assert_close(*images, atol=5e-4, rtol=0)
+
+
+def test_padding_rows_change_nothing(pair):
+    _, onnx, _ = pair
+    g = torch.Generator().manual_seed(0)
+    h, stacks = torch.randn(13, 64, generator=g), torch.randint(64, (13, onnx.depth), generator=g)
+    sizes = []
+    graph = onnx.graphs["depth"]
+
+    class Spy:
+        def __init__(self):
+            self.graph = graph.graph
+
+        def __call__(self, *inputs):
+            sizes.append(len(inputs[0]))
+            return graph(*inputs)
+
+    onnx.graphs["depth"] = Spy()
+    logits, cache = onnx.depth_step(h, stacks, 0, None)            # 13 rows arrive as 16, and come back as 13
+    assert sizes == [16] and logits.shape[0] == 13
+    alone = graph(h, stacks, torch.tensor([0]), torch.zeros_like(cache)[:, :, :13])[0]
+    torch.testing.assert_close(logits, alone, atol=1e-5, rtol=0)
+
+
+def test_more_rows_than_exported_is_one_sentence(pair):
+    _, onnx, _ = pair
+    codes = torch.zeros(11, 64, onnx.depth, dtype=torch.int64)     # 2 * 5 is the most, for guidance
+    with pytest.raises(drr.UserError, match="at most 10 rows.*got 11.*--max-batch"):
+        onnx.context(codes, torch.ones(11, 64, dtype=torch.bool), torch.zeros(11, 1, dtype=torch.int64))
+
+
+# === The manifest and what it protects ==============================================================================
+def test_manifest_says_what_the_graphs_are(exported):
+    import onnx
+    manifest = json.loads((exported[1] / "manifest.json").read_text())
+    assert {p.name for p in exported[1].iterdir()} == {"manifest.json", *(f"{g}.onnx{x}" for g in backends.GRAPHS
+                                                                          for x in ("", ".data"))}
+    for name, entry in manifest["graphs"].items():
+        model = onnx.load(exported[1] / entry["file"], load_external_data=False)
+        assert model.opset_import[0].version == entry["opset"]
+        for side, values in (("inputs", model.graph.input), ("outputs", model.graph.output)):
+            found = [(v.name, [d.dim_value or "rows" for d in v.type.tensor_type.shape.dim]) for v in values]
+            assert found == [(n, shape) for n, shape, _ in entry[side]]
+        assert entry["max_difference"] < 1e-3
+    assert {"torch", "onnx", "onnxruntime", "onnxscript"} <= manifest["versions"].keys()
+
+
+@pytest.mark.parametrize("name", ["spatial.onnx", "decoder.onnx.data"])
+@pytest.mark.parametrize("damage", ["flip", "remove"])
+def test_a_damaged_file_is_noticed(out, name, damage):
+    file = out / name
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.unlink() if damage == "remove" else file.write_bytes(content)
+    with pytest.raises(drr.UserError, match=name):
+        backends.load("onnx", out, CPU)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"version": 99}', '{"version": 1, "graphs": {}}'])
+def test_a_damaged_manifest_is_one_sentence(out, text):
+    (out / "manifest.json").write_text(text)
+    with pytest.raises(drr.UserError, match="manifest.json"):
+        backends.load("onnx", out, CPU)
+
+
+def test_a_manifest_cannot_point_outside_its_folder(out):
+    manifest = json.loads((out / "manifest.json").read_text())
+    manifest["graphs"]["spatial"]["sha256"]["../out/spatial.onnx"] = backends.sha256(out / "spatial.onnx")
+    (out / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(drr.UserError):
+        backends.load("onnx", out, CPU)
+
+
+# === sample.py --backend ============================================================================================
+@pytest.fixture
+def draw(exported, tmp_path):
+    def call(*arguments, folder=exported[1], checkpoint=()):
+        return execute("sample.py", "--class", "n02", "--num", 3, "--out", "p.png", "--precision", "fp32", "--exported", folder,
+                       *checkpoint, *arguments, cwd=tmp_path)
+    return call
+
+
+def test_sampling_from_graphs_gives_pytorchs_picture(draw, exported, tmp_path):
+    done = draw("--backend", "onnx")
+    assert done.returncode == 0 and "(onnx, cpu, fp32)" in done.stdout, done.stderr
+    ours = sample.np.array(sample.Image.open(tmp_path / "p.png")).astype(int)
+    done = draw("--backend", "torch", checkpoint=("--checkpoint", exported[0]))
+    assert done.returncode == 0, done.stderr
+    theirs = sample.np.array(sample.Image.open(tmp_path / "p.png")).astype(int)
+    assert abs(ours - theirs).max() <= 1                           # rounding to 8 bits
+
+
+def test_sampling_from_graphs_imports_only_what_it_uses(exported, tmp_path):
+    program = ("import sys, runpy\n"
+               f"sys.argv = ['sample.py', '--class', '0', '--num', '1', '--backend', 'onnx', '--exported', {str(exported[1])!r}]\n"
+               f"runpy.run_path({str(REPO / 'sample.py')!r}, run_name='__main__')\n"
+               "print([m for m in ('tensorrt', 'train_vae', 'train_transformer', 'export', 'onnxscript') if m in sys.modules])")
+    done = execute("-c", program, cwd=tmp_path)
+    assert done.returncode == 0 and done.stdout.splitlines()[-1] == "[]", done.stderr
+    done = execute("-c", "import sys, drr; print([m for m in ('onnx', 'onnxruntime') if m in sys.modules])", cwd=tmp_path)
+    assert done.stdout.strip() == "[]"
+
+
+def refused(done, *words):
+    assert done.returncode == 2 and done.stderr.count("error:") == 1 and "Traceback" not in done.stderr, done.stderr
+    assert all(word in done.stderr for word in words), done.stderr
+
+
+def test_mistakes_with_exported_models_are_one_sentence(draw, tmp_path):
+    refused(draw("--backend", "onnx", folder=tmp_path / "nothing"), "export.py")
+    other = make_checkpoint(tmp_path / "other", seed=1)
+    refused(draw("--backend", "onnx", checkpoint=("--checkpoint", other)), "another checkpoint")
+    refused(draw("--backend", "onnx", "--precision", "bf16"), "fp32")
+    assert not (tmp_path / "p.png").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about a machine without a GPU")
+def test_what_needs_a_gpu_says_so(draw, exported, monkeypatch):
+    refused(draw("--backend", "onnx", "--device", "cuda"), "cuda")
+    refused(draw("--backend", "trt"), "TensorRT")
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
+    with pytest.raises(drr.UserError, match="CUDA"):               # never a silent fall back to the CPU
+        backends.OrtGraph(exported[1], backends.read_manifest(exported[1]), "decoder",
+                          SimpleNamespace(type="cuda", index=0))
+
+
+# === export.py: all or nothing ======================================================================================
+KILLED = """
+import os, signal, sys
+import export
+def quick(module, graph, inputs, directory):
+    for suffix in ("", ".data"):
+        (directory / (graph["file"] + suffix)).write_bytes(b"new")
+export.write_graph, export.verify = quick, lambda *a, **k: "not verified in this test"
+function, call = sys.argv[1], int(sys.argv[2])
+owner = export.shutil if function == "rmtree" else export
+original, calls = getattr(owner, function), 0
+def deadly(*a, **k):
+    global calls
+    calls += 1
+    if calls == call:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(*a, **k)
+setattr(owner, function, deadly)
+sys.argv = ["export.py", "--checkpoint", sys.argv[3], "--out", "out"]
+export.main()
+"""
+
+
+@pytest.mark.parametrize("moment,replaced", [("write_graph 2", False), ("verify 4", False), ("swap_in 1", False),
+                                             ("rmtree 1", True)])
+@pytest.mark.parametrize("exported", [4], indirect=True, ids=["D=4"])
+def test_a_killed_export_leaves_a_whole_set(exported, out, tmp_path, moment, replaced):
+    before = (out / "manifest.json").read_text()
+    function, call = moment.split()
+    done = execute("-c", KILLED, function, call, exported[0], cwd=tmp_path)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    names = {p.name for p in out.iterdir()}
+    assert len(names) == 9
+    if replaced:                                                   # the new set, complete, in the old one's place
+        assert all((out / name).read_bytes() == b"new" for name in names - {"manifest.json"})
+    else:
+        assert (out / "manifest.json").read_text() == before
+        backends.read_manifest(out)
+    export.clean_up(out)                                           # what the next export does first
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_first_export_that_fails_leaves_nothing(exported, tmp_path, monkeypatch):
+    def full(*a):
+        raise OSError(28, "No space left on device")
+    model = drr.load_checkpoint(exported[0])
+    monkeypatch.setattr(export, "write_graph", full)
+    with pytest.raises(drr.UserError, match="No space left"):
+        export.export(*model, tmp_path / "out", "fp32", 2)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_graph_over_its_bound_is_an_error(exported, tmp_path, monkeypatch):
+    monkeypatch.setattr(export.Spatial, "forward",
+                        lambda self, codes, mask, cond: self.transformer.context(codes, mask, cond) + 0.01)
+    with pytest.raises(drr.UserError, match="spatial"):
+        export.export(*drr.load_checkpoint(exported[0]), tmp_path / "out", "fp32", 2)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_export_never_replaces_another_folder(exported, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    refused(execute("export.py", "--checkpoint", exported[0], "--out", "mine", cwd=tmp_path), "mine")
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about a machine without a GPU")
+@pytest.mark.parametrize("exported", [4], indirect=True, ids=["D=4"])
+def test_export_trt_without_a_gpu_writes_the_graphs_and_then_says_what_is_missing(exported, tmp_path):
+    done = execute("export.py", "--checkpoint", exported[0], "--out", "out", "--max-batch", 2, "--trt", cwd=tmp_path)
+    refused(done, "TensorRT")
+    assert backends.read_manifest(tmp_path / "out")["max_batch"] == 2
+
+
+def test_half_precision_graphs_stay_near_pytorch(exported, tmp_path):
+    manifest = export.export(*drr.load_checkpoint(exported[0]), tmp_path / "out", "fp16", 2)      # raises if not
+    assert manifest["graphs"]["depth"]["inputs"][0][2] == "float16"
+    model, _ = backends.load("onnx", tmp_path / "out", CPU)
+    assert 0 < manifest["graphs"]["spatial"]["max_difference"] < 0.05
+    context = model.context(torch.zeros(2, 64, model.depth, dtype=torch.int64), torch.ones(2, 64, dtype=torch.bool),
+                            torch.zeros(2, 1, dtype=torch.int64))
+    assert context.dtype == torch.float16 and context.isfinite().all()
+
+
+# === TensorRT =======================================================================================================
+def tensorrt_names(source):
+    """Every chain of attributes after `trt.`, and every method of TensorRT's objects, that a source text uses."""
+    tree = ast.parse(source)
+    chains = {ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    return {c.split("trt.", 1)[1] for c in chains if c.startswith(("trt.", "self.trt."))}
+
+
+OBJECTS = {"builder": "Builder", "parser": "OnnxParser", "config": "IBuilderConfig", "profile": "IOptimizationProfile",
+           "self.runtime": "Runtime", "self.engine": "ICudaEngine", "context": "IExecutionContext"}
+
+
+def test_every_tensorrt_name_exists_in_every_version():
+    """tests/fixtures/tensorrt-names.json lists what TensorRT 10.9 to 11.4 have."""
+    versions = json.loads((TESTS / "fixtures" / "tensorrt-names.json").read_text())
+    used = set()
+    for file, functions in (("export.py", {"build_engine"}), ("backends.py", {"TrtGraph", "engine_key", "read_plan"})):
+        for node in ast.parse((REPO / file).read_text()).body:
+            if getattr(node, "name", None) in functions:
+                source = ast.unparse(node)
+                used |= {tuple(name.split(".")) for name in tensorrt_names(source)}
+                chains = {ast.unparse(n) for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Attribute)}
+                for chain in chains:
+                    for variable, kind in OBJECTS.items():
+                        if chain.startswith(variable + ".") and (variable != "context" or file == "backends.py"):
+                            used.add((kind, re.match(r"\w+", chain[len(variable) + 1:])[0]))
+    used -= {("__version__",)}
+    assert {("Builder", "build_serialized_network"), ("OnnxParser", "parse_from_file"), ("BuilderFlag", "TF32"),
+            ("IExecutionContext", "execute_async_v3"), ("Runtime", "deserialize_cuda_engine")} <= used
+    for version, names in versions.items():
+        for kind, *members in used:
+            assert kind in names, (version, kind)
+            assert not members or members[0] in names[kind], (version, kind, members)
+
+
+class FakeTensorRT:
+    """As much of TensorRT as building needs; the plan is what it was told."""
+    __version__ = "10.9.0"
+
+    class Logger:
+        WARNING = ERROR = 1
+
+        def __init__(self, level):
+            pass
+
+    class NetworkDefinitionCreationFlag:
+        STRONGLY_TYPED = 1
+
+    class MemoryPoolType:
+        WORKSPACE = 0
+
+    class BuilderFlag:
+        TF32 = 7
+
+    class OnnxParser:
+        num_errors = 0
+
+        def __init__(self, network, logger):
+            self.network = network
+
+        def parse_from_file(self, path):
+            self.network["file"] = Path(path).name
+            return Path(path).exists()
+
+    class Builder:
+        built = 0
+
+        def __init__(self, logger):
+            pass
+
+        def create_network(self, flags):
+            return {"flags": flags}
+
+        def create_builder_config(self):
+            config = SimpleNamespace(cleared=[], profiles=[], set_memory_pool_limit=lambda kind, n: None)
+            config.clear_flag = config.cleared.append
+            config.create_timing_cache = lambda blob: blob
+            config.set_timing_cache = lambda cache, ignore_mismatch: None
+            config.get_timing_cache = lambda: SimpleNamespace(serialize=lambda: b"timings")
+            config.add_optimization_profile = config.profiles.append
+            return config
+
+        def create_optimization_profile(self):
+            shapes = {}
+            return SimpleNamespace(shapes=shapes, set_shape=lambda name, low, best, top: shapes.update({name: (low, best, top)}))
+
+        def build_serialized_network(self, network, config):
+            type(self).built += 1
+            return json.dumps([network, config.cleared, [p.shapes for p in config.profiles]]).encode()
+
+
+@pytest.fixture
+def fake_trt(monkeypatch):
+    trt = type("trt", (FakeTensorRT,), {"Builder": type("Builder", (FakeTensorRT.Builder,), {"built": 0})})
+    monkeypatch.setattr(backends, "import_tensorrt", lambda: trt)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Toy GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    return trt
+
+
+@pytest.mark.parametrize("exported", [4], indirect=True, ids=["D=4"])
+def test_engines_are_built_once_and_loaded_only_as_built(exported, tmp_path, fake_trt, monkeypatch):
+    out, manifest = exported[1], backends.read_manifest(exported[1])
+    export.build_engines(out, manifest, tmp_path, 3)
+    assert fake_trt.Builder.built == 4
+    export.build_engines(out, manifest, tmp_path, 3)
+    assert fake_trt.Builder.built == 4                             # the second call finds them
+    network, cleared, (few, many) = json.loads(backends.read_plan(fake_trt, tmp_path, manifest, "depth"))
+    assert network == {"flags": 1 << 1, "file": "depth.onnx"} and cleared == [7]       # TF32 is off in fp32
+    assert few["h"] == [[1, 64], [32, 64], [64, 64]] and many["h"] == [[1, 64], [160, 64], [640, 64]]
+    assert few["position"] == [[1], [1], [1]] and many["cache"][2] == [2, 2, 640, 2, 4, 32]
+    export.build_engines(out, manifest, tmp_path, 5)
+    assert fake_trt.Builder.built == 8                             # another level is another engine
+    plan = next(tmp_path.glob("spatial-*.plan"))
+    good = plan.read_bytes()
+    for p in tmp_path.glob("spatial-*.plan"):
+        p.write_bytes(good[:-1] + b"x")
+    with pytest.raises(drr.UserError, match="not the engine"):
+        backends.read_plan(fake_trt, tmp_path, manifest, "spatial")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Other GPU")
+    with pytest.raises(drr.UserError, match="Other GPU"):
+        backends.read_plan(fake_trt, tmp_path, manifest, "depth")
+
+
+def has_tensorrt():
+    try:
+        backends.import_tensorrt()
+        return True
+    except drr.UserError:
+        return False
+
+
+@pytest.mark.skipif(not has_tensorrt(), reason="needs an NVIDIA GPU and TensorRT")
+def test_a_whole_decode_through_tensorrt(exported, tmp_path):
+    manifest = backends.read_manifest(exported[1])
+    export.build_engines(exported[1], manifest, tmp_path, 1)
+    device = torch.device("cuda")
+    model, info = backends.load("trt", exported[1], device, tmp_path)
+    vae, transformer, _ = drr.load_checkpoint(exported[0])
+    ours = drr.TorchModel(vae, transformer, device, torch.float32)
+    cond, noise = torch.tensor([[0], [1], [2]], device=device), drr.draw_noise(3, range(3), 3, 64, ours.depth)
+    results = [list(drr.draft_and_revise(m, cond, noise, info.sample))[-1].codes for m in (ours, model)]
+    assert (results[0] == results[1]).float().mean() >= 0.99
+    torch.testing.assert_close(model.decode(results[0]), ours.decode(results[0]), atol=5e-3, rtol=0)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_a_whole_decode_through_onnx_runtime_on_cuda(exported):
+    device = torch.device("cuda")
+    model, info = backends.load("onnx", exported[1], device)
+    vae, transformer, _ = drr.load_checkpoint(exported[0])
+    ours = drr.TorchModel(vae, transformer, device, torch.float32)
+    cond, noise = torch.tensor([[0], [1], [2]], device=device), drr.draw_noise(3, range(3), 3, 64, ours.depth)
+    results = [list(drr.draft_and_revise(m, cond, noise, info.sample))[-1].codes for m in (ours, model)]
+    assert (results[0] == results[1]).float().mean() >= 0.99
