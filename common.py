@@ -17,7 +17,8 @@ HERE = Path(__file__).resolve().parent
 
 
 # === Configuration: config.yaml + overrides -> nested namespaces ====================================================
-CHOICES = {"vae.loss": ("mse", "l1"), "transformer.cond": ("class", "none", "text")}
+CHOICES = {"vae.loss": ("mse", "l1"), "vae.perceptual": ("lpips", "efficientnet"),
+           "transformer.cond": ("class", "none", "text")}
 MAY_BE_0 = {"seed", "workers", "balance", "commitment_weight", "perceptual_weight", "disc_weight", "disc_start",
             "quantize_start", "disc_layers", "warmup", "betas", "grad_clip", "cond_dropout", "weight_decay", "weights_ema", "ema_decay",
             "rounds", "top_k", "draft_guidance", "revise_guidance"}

@@ -370,8 +370,9 @@ def build_engine(trt, onnx_file, graph, level, precision, timing_cache):
     config.builder_optimization_level = level
     if precision == "fp32":
         config.clear_flag(trt.BuilderFlag.TF32)                    # on by default, with 10 bits of mantissa
-    cache = config.create_timing_cache(timing_cache.read_bytes() if timing_cache.exists() else b"")
-    config.set_timing_cache(cache, ignore_mismatch=False)
+    known = timing_cache.read_bytes() if timing_cache.exists() else b""
+    if not config.set_timing_cache(config.create_timing_cache(known), ignore_mismatch=False):
+        config.set_timing_cache(config.create_timing_cache(b""), ignore_mismatch=False)      # of another TensorRT or GPU
     for row_range in backends.profiles(graph):
         profile = builder.create_optimization_profile()
         for name, shape, _ in graph["inputs"]:

