@@ -183,8 +183,9 @@ def example(graph, rows, model, codebook_size, seed=0):
 
 def write_graph(module, graph, inputs, directory):
     """torch.onnx.export with a dynamic number of rows; weights go to a second file beside the graph."""
-    rows = torch.export.Dim("rows", min=1, max=graph["max_rows"])
-    dynamic = tuple({i: rows for i, n in enumerate(shape) if n == "rows"} for _, shape, _ in graph["inputs"])
+    rows = torch.export.Dim("rows", min=1, max=max(2, graph["max_rows"]))        # --max-batch 1: not dynamic
+    dynamic = tuple({i: rows for i, n in enumerate(shape) if n == "rows" and graph["max_rows"] > 1}
+                    for _, shape, _ in graph["inputs"])
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
         warnings.simplefilter("ignore")
         torch.onnx.export(module, tuple(inputs), directory / graph["file"], dynamo=True, opset_version=graph["opset"],
