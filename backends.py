@@ -21,8 +21,7 @@ from drr import UserError
 
 GRAPHS = ("spatial", "depth", "decoder", "encoder")
 MANIFEST_VERSION = 1
-TYPES = {"int64": torch.int64, "bool": torch.bool, "float32": torch.float32, "float16": torch.float16,
-         "bfloat16": torch.bfloat16}
+ONNX_TYPES = {"float32": 1, "int64": 7, "bool": 9, "float16": 10, "bfloat16": 16}      # onnx.TensorProto's numbers
 
 
 # === The manifest: DIR -> what the graphs are, every byte checked ===================================================
@@ -31,8 +30,14 @@ def sha256(path):
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
+def digest(manifest):
+    """SHA-256 over all of a manifest but the digest itself."""
+    rest = {key: value for key, value in manifest.items() if key != "digest"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
 def read_manifest(directory):
-    """manifest.json of an exported folder, as a dictionary, once every file has the hash that it records. Raises
+    """manifest.json of an exported folder, as a dictionary, once it and every file have the hash that was recorded. Raises
     UserError for a folder that is missing, incomplete, damaged or of another version."""
     path = Path(directory) / "manifest.json"
     if not path.exists():
@@ -40,20 +45,22 @@ def read_manifest(directory):
     again = f"export it again with python export.py --out {directory}"
     try:
         manifest = json.loads(path.read_text())
-        version = manifest["version"]
-        if version != MANIFEST_VERSION:
-            raise UserError(f"{path} is of version {version}, this program reads version {MANIFEST_VERSION}; {again}.")
-        files = {name: digest for graph in GRAPHS for name, digest in manifest["graphs"][graph]["sha256"].items()}
-        assert all({"inputs", "outputs", "file"} <= manifest["graphs"][graph].keys() for graph in GRAPHS)
-        assert {"model", "vae", "transformer", "sample", "precision", "max_batch", "checkpoint"} <= manifest.keys()
-    except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
-        raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); {again}.") from None
-    for name, digest in files.items():
-        file = Path(directory) / name
-        if Path(name).name != name or not file.is_file():
-            raise UserError(f"{file} is missing; {again}.")
-        if sha256(file) != digest:
-            raise UserError(f"{file} is not the file that was exported: its SHA-256 differs from manifest.json's; {again}.")
+    except ValueError:
+        manifest = None
+    if not isinstance(manifest, dict):
+        raise UserError(f"{path} is damaged; {again}.")
+    if manifest.get("version") != MANIFEST_VERSION:
+        raise UserError(f"{path} is of version {manifest.get('version')}, this program reads {MANIFEST_VERSION}; {again}.")
+    if manifest.get("digest") != digest(manifest):
+        raise UserError(f"{path} was changed after the export; {again}.")
+    for graph in manifest["graphs"].values():
+        for name, expected in graph["sha256"].items():
+            file = Path(directory) / name
+            if not file.is_file():
+                raise UserError(f"{file} is missing; {again}.")
+            if sha256(file) != expected:
+                raise UserError(f"{file} is not the file that was exported: its SHA-256 differs from manifest.json's; "
+                                f"{again}.")
     return manifest
 
 
@@ -69,6 +76,8 @@ def load(backend, directory, device, engines=None):
         graphs = {name: OrtGraph(Path(directory), manifest, name, device) for name in GRAPHS}
     else:
         trt = import_tensorrt()
+        if device.type != "cuda":
+            raise UserError("TensorRT runs on a GPU only; leave --device out or give --device cuda.")
         folder = Path(engines or engine_folder(directory))
         graphs = {name: TrtGraph(trt, read_plan(trt, folder, manifest, name), manifest, name, device) for name in GRAPHS}
     info = SimpleNamespace(classes=manifest["classes"], titles=manifest["titles"],
@@ -90,7 +99,7 @@ class ExportedModel:
 
     def padded(self, name, *tensors):
         """Tensors (rows, ...), filled up with rows of zeros to the next power of two, so that few different shapes occur:
-        TensorRT has a CUDA graph for each. No row of any graph looks at another, so what is filled in changes nothing."""
+        TensorRT has a CUDA graph for each. No row of a graph looks at another: what is filled in changes nothing but rounding."""
         rows, most = len(tensors[0]), self.graphs[name].graph["max_rows"]
         if rows > most:
             raise UserError(f"The exported {name} graph takes at most {most} rows at a time and got {rows}; sample at most "
@@ -98,9 +107,11 @@ class ExportedModel:
         size = min(2 ** math.ceil(math.log2(rows)), most)
         return [t if size == rows else F.pad(t, (0, 0) * (t.dim() - 1) + (0, size - rows)) for t in tensors]
 
+    @torch.inference_mode()
     def context(self, codes, mask, cond):
         return self.graphs["spatial"](*self.padded("spatial", codes, mask, cond))[0][:len(codes)]
 
+    @torch.inference_mode()
     def depth_step(self, h, stacks, d, cache):
         P = len(h)
         h, stacks = self.padded("depth", h, stacks)
@@ -109,9 +120,11 @@ class ExportedModel:
         logits, cache = self.graphs["depth"](h, stacks, self.steps[d], cache)
         return logits[:P], cache
 
+    @torch.inference_mode()
     def decode(self, codes):
         return self.graphs["decoder"](*self.padded("decoder", codes))[0][:len(codes)].clone()
 
+    @torch.inference_mode()
     def encode(self, images):
         return self.graphs["encoder"](*self.padded("encoder", images))[0][:len(images)].clone()
 
@@ -119,7 +132,7 @@ class ExportedModel:
 def check_inputs(inputs, entries):
     """The feeding side's mistakes are ours, not the user's."""
     for x, (name, _, dtype) in zip(inputs, entries, strict=True):
-        assert x.dtype == TYPES[dtype], f"{name} is {x.dtype}, the graph expects {dtype}"
+        assert x.dtype == getattr(torch, dtype), f"{name} is {x.dtype}, the graph expects {dtype}"
 
 
 def output_shapes(inputs, outputs):
@@ -145,38 +158,44 @@ class OrtGraph:
         options = ort.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         options.log_severity_level = 3
-        providers = ["CPUExecutionProvider"]
+        wanted, providers = "CPUExecutionProvider", ["CPUExecutionProvider"]
         if device.type == "cuda":
-            stream = torch.cuda.current_stream(device).cuda_stream
-            providers = [("CUDAExecutionProvider", {"device_id": device.index or 0, "user_compute_stream": str(stream),
-                                                    "use_tf32": "0" if precision == "fp32" else "1"})]
-        wanted = "CUDAExecutionProvider" if device.type == "cuda" else "CPUExecutionProvider"
+            wanted = "CUDAExecutionProvider"
+            # A stream of our own: the number of torch's default stream is 0, which means "none given" to ONNX Runtime.
+            self.stream = torch.cuda.Stream(device)
+            providers = [(wanted, {"device_id": device.index or 0, "user_compute_stream": str(self.stream.cuda_stream),
+                                   "use_tf32": "0"})]
         try:
             self.session = ort.InferenceSession(directory / self.graph["file"], options, providers=providers)
         except Exception as error:                               # onnxruntime's own exceptions share no base class
             raise UserError(f"ONNX Runtime cannot load {directory / self.graph['file']}: {error}") from None
         if self.session.get_providers()[0] != wanted:            # it falls back to the CPU with no more than a log line
-            raise UserError("--device cuda was asked for, but ONNX Runtime has no working CUDA provider here "
+            raise UserError("ONNX Runtime has no working CUDA provider here "
                             f"({', '.join(ort.get_available_providers())}); install onnxruntime-gpu and its CUDA libraries, "
                             "or use --device cpu.")
-        import onnx                                              # only its table of element types
-        self.onnx_types = {torch.int64: onnx.TensorProto.INT64, torch.bool: onnx.TensorProto.BOOL,
-                           torch.float32: onnx.TensorProto.FLOAT, torch.float16: onnx.TensorProto.FLOAT16,
-                           torch.bfloat16: onnx.TensorProto.BFLOAT16}
 
     def __call__(self, *inputs):
         check_inputs(inputs, self.graph["inputs"])
         inputs = [x.contiguous() for x in inputs]
+        shapes = output_shapes(inputs, self.graph["outputs"])
+        outputs = [torch.empty(shape, dtype=getattr(torch, dtype), device=self.device)
+                   for shape, (_, _, dtype) in zip(shapes, self.graph["outputs"])]
         binding = self.session.io_binding()
         place = (self.device.type, self.device.index or 0)
-        for x, (name, _, _) in zip(inputs, self.graph["inputs"]):
-            binding.bind_input(name, *place, self.onnx_types[x.dtype], list(x.shape), x.data_ptr())
-        outputs = []
-        shapes = output_shapes(inputs, self.graph["outputs"])
-        for shape, (name, _, dtype) in zip(shapes, self.graph["outputs"]):
-            outputs.append(torch.empty(shape, dtype=TYPES[dtype], device=self.device))
-            binding.bind_output(name, *place, self.onnx_types[TYPES[dtype]], shape, outputs[-1].data_ptr())
-        self.session.run_with_iobinding(binding)
+        for x, (name, _, dtype) in zip(inputs, self.graph["inputs"]):
+            binding.bind_input(name, *place, ONNX_TYPES[dtype], list(x.shape), x.data_ptr())
+        for x, (name, _, dtype) in zip(outputs, self.graph["outputs"]):
+            binding.bind_output(name, *place, ONNX_TYPES[dtype], list(x.shape), x.data_ptr())
+        try:
+            if self.device.type == "cuda":
+                self.stream.wait_stream(torch.cuda.current_stream(self.device))
+                self.session.run_with_iobinding(binding)
+                torch.cuda.current_stream(self.device).wait_stream(self.stream)
+            else:
+                self.session.run_with_iobinding(binding)
+        except Exception as error:                               # the memory is full, mostly
+            raise UserError(f"ONNX Runtime failed in {self.graph['file']} ({error}); sample fewer pictures at a "
+                            "time.") from None
         return outputs
 
 
@@ -189,6 +208,8 @@ def import_tensorrt():
                         "NVIDIA's package index), or use --backend onnx.") from None
     if not torch.cuda.is_available():
         raise UserError("TensorRT needs an NVIDIA GPU that PyTorch sees, and there is none; use --backend onnx.")
+    if tuple(map(int, tensorrt.__version__.split(".")[:2])) < (10, 9):
+        raise UserError(f"This is TensorRT {tensorrt.__version__}; 10.9 is the oldest that has all that is needed here.")
     return tensorrt
 
 
@@ -216,74 +237,87 @@ def plan_path(folder, name, key):
     return Path(folder) / f"{name}-{digest}.plan"
 
 
+def intact(path, key):
+    """The bytes of a plan, or None if it is not there or not the one that its record says was built for `key`. A plan is a
+    program: no other one is ever loaded."""
+    try:
+        plan, record = path.read_bytes(), json.loads(path.with_suffix(".json").read_text())
+    except (OSError, ValueError):
+        return None
+    return plan if record == {**key, "plan": hashlib.sha256(plan).hexdigest()} else None
+
+
 def read_plan(trt, folder, manifest, name):
-    """The bytes of a graph's engine for this GPU and TensorRT. A plan is a program: nothing but one that was built here, as
-    its record says, is loaded. Raises UserError for one that is missing or altered."""
-    for level in range(5, -1, -1):                               # the most optimized one that there is
+    """The bytes of a graph's engine for this GPU and TensorRT, of the highest level that there is. Raises UserError where
+    there is none, or an altered one."""
+    for level in range(5, -1, -1):
         key = engine_key(trt, manifest, name, level)
         path = plan_path(folder, name, key)
-        if path.exists() and path.with_suffix(".json").exists():
-            try:
-                record = json.loads(path.with_suffix(".json").read_text())
-            except ValueError:
-                record = {}
-            plan = path.read_bytes()
-            if record != {**key, "plan": hashlib.sha256(plan).hexdigest()}:
-                raise UserError(f"{path} is not the engine that its record describes; delete it and run "
-                                "python export.py --trt again.")
+        if path.exists():
+            plan = intact(path, key)
+            if plan is None:
+                raise UserError(f"{path} is not the engine that its record describes; run python export.py --trt again.")
             return plan
     raise UserError(f"{folder} has no engine of the {name} graph for this GPU ({torch.cuda.get_device_name()}), TensorRT "
                     f"{trt.__version__} and this export; run python export.py --trt on this machine.")
 
 
 class TrtGraph:
-    """One engine. Every number of rows has its own buffers, execution context and CUDA graph, made when it first comes:
-    changing a context after its work has been captured would leave the captured graph undefined.
+    """One engine. What it returns stays valid until the next call with as many rows.
 
-    What it returns stays valid until the next call with as many rows.
+    DEVIATION from one context per profile: every number of rows has its own buffers, execution context and CUDA graph, made
+    when it first comes. To change a context after its work was captured would leave the captured graph undefined.
     """
 
     def __init__(self, trt, plan, manifest, name, device):
-        self.trt, self.graph, self.device = trt, manifest["graphs"][name], device
+        self.trt, self.name, self.graph, self.device = trt, name, manifest["graphs"][name], device
         self.runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
         self.engine = self.runtime.deserialize_cuda_engine(plan)
-        if self.engine is None:
-            raise UserError(f"TensorRT cannot load its engine of the {name} graph; run python export.py --trt again.")
+        self.must(self.engine is not None, "load its engine")
         self.tensors = {self.engine.get_tensor_name(i) for i in range(self.engine.num_io_tensors)}
-        self.shapes = {}
+        self.prepared = {}                                       # number of rows -> what `prepare` returns
+
+    def must(self, done, doing):
+        if not done:
+            raise UserError(f"TensorRT could not {doing} (the {self.name} graph); is the GPU's memory full? If not, delete the "
+                            "engine and run python export.py --trt again.")
 
     def __call__(self, *inputs):
         check_inputs(inputs, self.graph["inputs"])
         rows = len(inputs[0])
-        if rows not in self.shapes:
-            self.shapes[rows] = self.prepare(inputs)
-        graph, static_inputs, outputs, _ = self.shapes[rows]
+        if rows not in self.prepared:
+            self.prepared[rows] = self.prepare(inputs)
+        cuda_graph, static_inputs, outputs, _ = self.prepared[rows]
         for static, x in zip(static_inputs, inputs):
             static.copy_(x)
-        graph.replay()
+        cuda_graph.replay()
         return outputs
 
     def prepare(self, inputs):
-        """Buffers, context and CUDA graph for the number of rows that the inputs have."""
+        """CUDA graph, input and output buffers for the number of rows that the inputs have, and what must stay alive."""
         profile = next(i for i, (_, _, most) in enumerate(profiles(self.graph)) if len(inputs[0]) <= most)
-        context = self.engine.create_execution_context(self.trt.ExecutionContextAllocationStrategy.ON_PROFILE_CHANGE)
-        static_inputs = [x.clone(memory_format=torch.contiguous_format) for x in inputs]  # torch aligns to 512 bytes
+        context = self.engine.create_execution_context(self.trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+        self.must(context is not None, "make an execution context")
+        static_inputs = [x.clone(memory_format=torch.contiguous_format) for x in inputs]      # torch aligns to 512 bytes
         shapes = output_shapes(inputs, self.graph["outputs"])
-        outputs = [torch.empty(shape, dtype=TYPES[dtype], device=self.device)
+        outputs = [torch.empty(shape, dtype=getattr(torch, dtype), device=self.device)
                    for shape, (_, _, dtype) in zip(shapes, self.graph["outputs"])]
         stream = torch.cuda.Stream(self.device)
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):
-            context.set_optimization_profile_async(profile, stream.cuda_stream)
+            self.must(context.set_optimization_profile_async(profile, stream.cuda_stream), "choose a profile")
             for x, (name, _, _) in zip(static_inputs, self.graph["inputs"]):
                 if name in self.tensors:                         # D = 1 leaves some inputs without a use
-                    context.set_input_shape(name, tuple(x.shape))
+                    self.must(context.set_input_shape(name, tuple(x.shape)), f"take {name} of shape {tuple(x.shape)}")
             for x, (name, _, _) in zip(static_inputs + outputs, self.graph["inputs"] + self.graph["outputs"]):
                 if name in self.tensors:
-                    context.set_tensor_address(name, x.data_ptr())
-            assert context.execute_async_v3(stream.cuda_stream), "TensorRT refused to run"     # once before the capture
+                    self.must(context.set_tensor_address(name, x.data_ptr()), f"take the address of {name}")
+            scratch = torch.empty(max(1, context.update_device_memory_size_for_shapes()), dtype=torch.uint8,
+                                  device=self.device)            # of this shape alone, not of the profile's largest
+            context.set_device_memory(scratch.data_ptr(), scratch.numel())
+            self.must(context.execute_async_v3(stream.cuda_stream), "run")                    # once before the capture
         stream.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
-            context.execute_async_v3(torch.cuda.current_stream(self.device).cuda_stream)
-        return graph, static_inputs, outputs, context
+        cuda_graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(cuda_graph, stream=stream):
+            self.must(context.execute_async_v3(stream.cuda_stream), "run while it was captured")
+        return cuda_graph, static_inputs, outputs, (context, scratch)

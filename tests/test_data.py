@@ -15,7 +15,8 @@ PHOTOS = TESTS / "photos"
 
 
 def data_section(**changes):
-    values = dict(views=1, class_views=1, balance=0.0, favour_class="", favour=1.0, in_memory=True, workers=2, seed=0, flip=True)
+    values = dict(views=1, class_views=1, balance=0.0, favour_class="", favour=1.0, in_memory=True, workers=2, seed=0,
+                  flip=True)
     return SimpleNamespace(**{**values, **changes})
 
 
@@ -225,6 +226,8 @@ def test_classes_are_as_frequent_as_balance_and_favour_say(balance, favour):
 def test_an_unknown_favourite_is_refused():
     with pytest.raises(drr.UserError, match="class9"):
         counted([1, 3], favour_class="class9")
+    with pytest.raises(drr.UserError, match="favour_class"):
+        counted([1, 3], favour=4.0)
 
 
 def test_draws_follow_the_cdf():
