@@ -158,7 +158,8 @@ def pick_device(args):
         raise UserError(f"--device {device} was asked for, but this machine has none that PyTorch sees; "
                         "use --device cpu or install a PyTorch build for it.")
     fast_bf16 = {"cuda": lambda: torch.cuda.is_bf16_supported(including_emulation=False), "mps": lambda: False,
-                 "cpu": lambda: getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16", False)}
+                 "cpu": lambda: any(getattr(torch.cpu, "get_capabilities", dict)().get(name)
+                                    for name in ("amx_bf16", "avx512_bf16"))}
     bf16 = args.precision == "bf16" or args.precision == "auto" and fast_bf16[device]()
     return torch.device(device), torch.bfloat16 if bf16 else torch.float32
 
