@@ -202,6 +202,7 @@ def test_sampling_from_graphs_gives_pytorchs_picture(draw, exported, tmp_path):
     assert abs(ours - theirs).max() <= 1                           # rounding to 8 bits
 
 
+@pytest.mark.parametrize("exported", [4], indirect=True, ids=["D=4"])
 def test_sampling_from_graphs_imports_only_what_it_uses(exported, tmp_path):
     arguments = ["sample.py", "--class", "0", "--num", "1", "--backend", "onnx", "--exported", str(exported[1])]
     program = (f"import sys, runpy\nsys.argv = {arguments}\n"
@@ -218,6 +219,7 @@ def refused(done, *words):
     assert all(word in done.stderr for word in words), done.stderr
 
 
+@pytest.mark.parametrize("exported", [4], indirect=True, ids=["D=4"])
 def test_mistakes_with_exported_models_are_one_sentence(draw, tmp_path):
     refused(draw("--backend", "onnx", folder=tmp_path / "nothing"), "export.py")
     other = make_checkpoint(tmp_path / "other", seed=1)
@@ -227,6 +229,7 @@ def test_mistakes_with_exported_models_are_one_sentence(draw, tmp_path):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="about a machine without a GPU")
+@pytest.mark.parametrize("exported", [4], indirect=True, ids=["D=4"])
 def test_what_needs_a_gpu_says_so(draw, exported, monkeypatch):
     refused(draw("--backend", "onnx", "--device", "cuda"), "cuda")
     refused(draw("--backend", "trt"), "TensorRT")
@@ -320,6 +323,7 @@ def test_bench_uses_a_fitting_export_and_prints_every_backend(exported, tmp_path
     assert len(rows) == 3 * 2 * 2 and all(float(row[4]) > 0 and float(row[-1]) > 0 for row in rows)
 
 
+@pytest.mark.parametrize("exported", [4], indirect=True, ids=["D=4"])
 def test_a_first_export_that_fails_leaves_nothing(exported, tmp_path, monkeypatch):
     def full(*a):
         raise OSError(28, "No space left on device")
@@ -330,6 +334,7 @@ def test_a_first_export_that_fails_leaves_nothing(exported, tmp_path, monkeypatc
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("exported", [4], indirect=True, ids=["D=4"])
 def test_a_graph_over_its_bound_is_an_error(exported, tmp_path, monkeypatch):
     monkeypatch.setattr(export.Spatial, "forward",
                         lambda self, codes, mask, cond: self.transformer.context(codes, mask, cond) + 0.01)
@@ -338,6 +343,7 @@ def test_a_graph_over_its_bound_is_an_error(exported, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("exported", [4], indirect=True, ids=["D=4"])
 def test_export_never_replaces_another_folder(exported, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
@@ -353,6 +359,7 @@ def test_export_trt_without_a_gpu_writes_the_graphs_and_then_says_what_is_missin
     assert backends.read_manifest(tmp_path / "out")["max_batch"] == 1
 
 
+@pytest.mark.parametrize("exported", [4], indirect=True, ids=["D=4"])
 def test_half_precision_graphs_stay_near_pytorch(exported, tmp_path):
     manifest = export.export(*drr.load_checkpoint(exported[0]), tmp_path / "out", "fp16", 2)      # raises if not
     assert manifest["graphs"]["depth"]["inputs"][0][2] == "float16"
