@@ -284,11 +284,9 @@ def clean_up(directory):
 
 def is_running(pid):
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
+        os.kill(pid, 0)                                            # signal 0 only asks
+    except OSError as error:
+        return isinstance(error, PermissionError)                  # it runs, and is another user's
     return True
 
 
