@@ -31,6 +31,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 
 class UserError(Exception):
@@ -107,17 +108,21 @@ class ResidualQuantizer(nn.Module):
         vectors = vectors.detach().float()
         count = torch.bincount(codes, minlength=K).float()                          # (K,)
         total = torch.zeros_like(self.embed_sum).index_add_(0, codes, vectors)      # (K, n_z)
+        rank, world = ranks()
         if generator is not None:
-            pick = torch.randint(len(vectors), (K,), generator=generator).to(vectors.device)
+            # Every rank restarts the same codes from the same vectors, those that one process with the whole batch would
+            # take: rank r holds the vectors r P .. r P + P - 1, gives those of them that are picked, and the sum has all.
+            P = len(vectors)
+            pick = torch.randint(world * P, (K,), generator=generator).to(vectors.device)
             jitter = torch.rand(K, vectors.shape[1], generator=generator).to(vectors.device)
+            candidates = vectors[pick % P] * (pick // P == rank)[:, None]           # (K, n_z)
+            if world > 1:
+                dist.all_reduce(candidates)
             # A batch smaller than the codebook would restart codes as twins: move them apart a little.
-            jitter *= 0.01 / math.sqrt(vectors.shape[1]) * (len(vectors) < K)
-            candidates = vectors[pick] + jitter                                     # (K, n_z)
-        if dist.is_available() and dist.is_initialized():
+            candidates += jitter * (0.01 / math.sqrt(vectors.shape[1]) * (world * P < K))
+        if world > 1:
             for tensor in (count, total):
                 dist.all_reduce(tensor)
-            if generator is not None:           # every rank must restart the same codes from the same vectors
-                dist.broadcast(candidates, src=0)
         self.cluster_size.lerp_(count, 1 - self.ema_decay)
         self.embed_sum.lerp_(total, 1 - self.ema_decay)
         if generator is not None:
@@ -127,6 +132,11 @@ class ResidualQuantizer(nn.Module):
         n = self.cluster_size.sum()
         smoothed = n * (self.cluster_size + eps) / (n + K * eps)
         self.codebook.copy_(self.embed_sum / smoothed[:, None])
+
+
+def ranks():
+    """(rank, world size): which of how many processes this is, under torchrun; (0, 1) without it."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
 
 
 def inverse_cdf(probabilities, uniforms):
@@ -387,6 +397,7 @@ class ContextualRQTransformer(nn.Module):
         d, (K, n_z) = c.d_model, codebook.shape
         self.depth, self.positions, self.heads, self.head_dim = depth, positions, d // c.head_dim, c.head_dim
         self.cond_length = c.text_length if c.cond == "text" else 1
+        self.recompute = False                  # in training: activations are computed again instead of kept
         self.null = 0 if c.cond == "none" else conditions                   # the null condition's id
         self.register_buffer("codebook", codebook.clone(), persistent=False)   # stage 1's; stored only there
         self.mask_embed = nn.Parameter(torch.zeros(n_z))                    # e_[MASK]
@@ -413,9 +424,7 @@ class ContextualRQTransformer(nn.Module):
         e = F.embedding(codes, self.codebook).sum(2)                        # (B, N, n_z): one vector a stack
         u = torch.where(mask[..., None], self.mask_embed.to(e.dtype), e)
         x = torch.cat([self.cond_embed(cond) + self.cond_pos, self.w_in(u) + self.pos], 1)     # (B, L + N, d)
-        for block in self.spatial:
-            x = block(x)
-        return x[:, self.cond_length:]
+        return self.through(self.spatial, x)[:, self.cond_length:]
 
     def depth_logits(self, h, stacks):
         """Teacher-forced logits (P, D, K) of stacks (P, D) at positions with contexts h (P, d_model) (Eq. 8-9)."""
@@ -423,10 +432,13 @@ class ContextualRQTransformer(nn.Module):
         if self.depth > 1:                                                  # v_d = W sum_{d' < d} e(S_d') + PE_D(d)
             sums = F.embedding(stacks[:, :-1], self.codebook).cumsum(1)
             v = torch.cat([v, self.w_depth(sums)], 1)
-        v = v + self.depth_pos
-        for block in self.depthwise:
-            v = block(v, causal=True)
+        v = self.through(self.depthwise, v + self.depth_pos, causal=True)
         return self.classifier(self.ln(v))
+
+    def through(self, blocks, x, causal=False):
+        for block in blocks:
+            x = checkpoint(block, x, causal, use_reentrant=False) if self.recompute and self.training else block(x, causal)
+        return x
 
     def depth_step(self, h, stacks, d, cache=None):
         """Logits (P, K) of depth d alone, given the d codes chosen so far, stacks[:, :d]; what `depth_logits` says, one
@@ -439,6 +451,10 @@ class ContextualRQTransformer(nn.Module):
             v = block(v, cache=block_cache, position=d)
         return self.classifier(self.ln(v[:, 0])), cache
 
+    def forward(self, codes, mask, cond, targets=None):
+        """A training pass, `masked_loss`: what DistributedDataParallel and FSDP wrap."""
+        return masked_loss(self, codes, mask, cond, targets)
+
 
 # === Masked code-stack modelling (section 3.3) ======================================================================
 def random_mask(uniforms):
@@ -449,12 +465,14 @@ def random_mask(uniforms):
     return uniforms[:, 1:].argsort(1).argsort(1) < hidden
 
 
-def masked_loss(transformer, codes, mask, cond):
-    """Cross-entropy (D,) in nats and accuracy (D,) per depth, over the hidden stacks only (Eq. 12)."""
+def masked_loss(transformer, codes, mask, cond, targets=None):
+    """Cross-entropy (D,) in nats and accuracy (D,) per depth, over the hidden stacks only (Eq. 12): against the codes, or
+    against `targets` (P, D, K), distributions for the P hidden stacks ("soft labels", RQ-VAE section 3.2.3)."""
     h = transformer.context(codes, mask, cond)
     stacks = codes[mask]                                                    # (P, D)
     logits = transformer.depth_logits(h[mask], stacks).float()              # (P, D, K)
-    loss = F.cross_entropy(logits.transpose(1, 2), stacks, reduction="none").mean(0)
+    wanted = stacks if targets is None else targets.transpose(1, 2)         # cross_entropy has the classes second
+    loss = F.cross_entropy(logits.transpose(1, 2), wanted, reduction="none").mean(0)
     return loss, (logits.argmax(-1) == stacks).float().mean(0)
 
 

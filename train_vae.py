@@ -95,6 +95,7 @@ def psnr(vae, images):
 def main():
     # --- set-up ------------------------------------------------------------------------------------------------------
     parser = training_arguments(__doc__)
+    parser.add_argument("--init", metavar="FILE", help="start from the weights of this vae.safetensors")
     parser.add_argument("--official", metavar="FILE", help="convert the published RQ-VAE weights; no training")
     args = parser.parse_intermixed_args()
     config = load_config(args.preset, args.overrides)
@@ -128,6 +129,8 @@ def main():
     parts = {"vae": vae, "opt": opt, "disc": disc, "disc_opt": disc_opt}
     state_file = out / "vae_state.pt"
     start = drr.load_state(state_file, parts, c) if args.resume else 0
+    if args.init and not start:
+        drr.fill(vae, drr.read_model(args.init)[0], args.init)
     if c.compile and device.type == "cpu":
         raise UserError("vae.compile is for a GPU: on a CPU the compiled RQ-VAE had wrong gradients in bf16 (torch 2.13).")
     if c.compile:
