@@ -1,19 +1,21 @@
-"""What the scripts share besides the method itself: configuration, devices, errors, logs, pictures."""
+"""What the scripts share besides the method itself: configuration, devices, errors, pictures."""
 import argparse
 import contextlib
-import csv
 import difflib
 import io
 import math
+import os
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+import torch.distributed as dist
 import yaml
 from PIL import Image
 
-from drr import UserError, replacing
+from drr import UserError, ranks, replacing
 
 HERE = Path(__file__).resolve().parent
 BUNDLED = HERE / "checkpoints" / "tiny-imagenet-32"
@@ -23,7 +25,7 @@ BUNDLED = HERE / "checkpoints" / "tiny-imagenet-32"
 CHOICES = {"vae.loss": ("mse", "l1"), "vae.perceptual": ("lpips", "efficientnet"),
            "transformer.cond": ("class", "none", "text")}
 MAY_BE_0 = {"seed", "workers", "balance", "commitment_weight", "perceptual_weight", "disc_weight", "disc_start",
-            "quantize_start", "disc_layers", "warmup", "betas", "grad_clip", "cond_dropout", "weight_decay", "weights_ema", "ema_decay",
+            "quantize_start", "disc_layers", "warmup", "micro_batch", "betas", "grad_clip", "cond_dropout", "weight_decay", "weights_ema", "ema_decay",
             "rounds", "top_k", "draft_guidance", "revise_guidance"}
 AT_MOST = {"vae.codebook_size": 65536, "vae.ema_decay": 1, "transformer.weights_ema": 1, "transformer.cond_dropout": 1,
            "data.balance": 1, "sample.top_p": 1}
@@ -115,31 +117,26 @@ def run(main):
         where = f" ({error.filename})" if error.filename else ""
         sys.exit(fail(f"The operating system refused: {error.strerror or error}{where}."))
     except torch.OutOfMemoryError:
-        sys.exit(fail("The GPU's memory is full; lower batch_size, raise accumulate, or use --device cpu."))
+        sys.exit(fail("The GPU's memory is full; lower batch_size, for training set micro_batch, or use --device cpu."))
     except MemoryError:
         sys.exit(fail("The memory is full; lower batch_size, or for training set data.in_memory=false."))
     except torch._dynamo.exc.TorchDynamoException as error:
         sys.exit(fail(f"torch.compile does not work here ({type(error).__name__}: it needs a C++ compiler, on a GPU Triton); "
                       "add compile=false of the section, for example transformer.compile=false."))
+    except RuntimeError as error:
+        if ranks()[1] == 1 or not (isinstance(error, dist.DistError) or "gloo" in str(error) or "NCCL" in str(error)):
+            raise
+        sys.exit(fail(f"The connection to another process of this run broke ({' '.join(str(error).split())[:80]}); look for "
+                      "its error, then go on with --resume."))
     except KeyboardInterrupt:
         sys.exit(130)
 
 
 def fail(message):
+    if int(os.environ.get("RANK", 0)) > 0:   # torchrun ends the others when one process has: a mistake that all see is said once
+        time.sleep(3)
     print(f"error: {message}", file=sys.stderr)
     return 2
-
-
-def training_arguments(doc):
-    """The parser of both training scripts."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("preset", help="a preset of config.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="values that replace the preset's")
-    parser.add_argument("--data", metavar="DIR", help="DIR/train/<class>/*, DIR/val/<class>/*; or a folder of images")
-    parser.add_argument("--out", metavar="DIR", help="where checkpoints, pictures and logs go (runs/PRESET)")
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")
-    add_device_arguments(parser)
-    return parser
 
 
 def add_device_arguments(parser):
@@ -174,29 +171,7 @@ def efficientnet_lite0():
     return net.eval()
 
 
-# === Logs, pictures =================================================================================================
-class CsvLog:
-    """Appends rows to a CSV file; a resumed run drops the rows of the steps it will do again."""
-
-    def __init__(self, path, start):
-        self.path, self.fields, rows = Path(path), None, []
-        if start and self.path.exists():
-            with open(self.path, newline="") as f:
-                rows = [row for row in csv.DictReader(f) if int(row["step"]) <= start]
-        self.path.unlink(missing_ok=True)
-        for row in rows:
-            self.write(row)
-
-    def write(self, row):
-        new = self.fields is None
-        self.fields = self.fields or list(row)
-        with open(self.path, "a", newline="") as f:
-            writer = csv.DictWriter(f, self.fields)
-            if new:
-                writer.writeheader()
-            writer.writerow(row)
-
-
+# === Pictures =======================================================================================================
 def to_pixels(images):
     """images (B, 3, S, S) in [-1, 1] -> uint8 (B, S, S, 3)."""
     return images.float().add(1).mul(127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
@@ -216,10 +191,3 @@ def grid(pixels, columns, scale=1):
 def save_picture(picture, path):
     with replacing(path) as temporary:
         picture.save(temporary, format="PNG")
-
-
-def learning_rate(step, c, decay=True):
-    """Linear warm-up to c.lr, then the cosine to 0 (or constant)."""
-    if step < c.warmup:
-        return c.lr * (step + 1) / c.warmup
-    return c.lr * (0.5 + 0.5 * math.cos(math.pi * (step - c.warmup) / max(1, c.steps - c.warmup))) if decay else c.lr

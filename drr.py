@@ -637,6 +637,8 @@ def replacing(path):
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
+        with open(temporary, "rb+") as f:
+            os.fsync(f.fileno())                     # on the disk before it takes the place of the old one
         os.replace(temporary, path)
     except (OSError, SafetensorError, RuntimeError) as error:      # torch.save turns a full disk into a RuntimeError
         raise UserError(f"{path} could not be written ({error}); free some space or choose another place.") from None
@@ -773,42 +775,3 @@ def fill(module, tensors, path):
     except RuntimeError as error:
         first = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
         raise UserError(f"The weights in {path} belong to another architecture than expected: {first}") from None
-
-
-def save_state(path, parts, step, section, vae=""):
-    """All that a resumed run needs: the state of each part (module, optimizer or None), the step, the configuration,
-    and the fingerprint of the RQ-VAE whose codes are learned."""
-    states = {name: part.state_dict() for name, part in parts.items() if part is not None}
-    with replacing(path) as temporary:
-        torch.save({"step": step, "config": vars(section), "codes_of": vae, **states}, temporary)
-
-
-def load_state(path, parts, section, vae=""):
-    """Restores `parts` from `save_state` and returns the step; optimizers keep the settings that they have now. Raises
-    UserError when the file is missing or damaged, or belongs to another model or other codes."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"There is nothing to resume: {path} does not exist; start without --resume.") from None
-    except Exception as error:                       # truncated, no torch file, or a pickle with code in it
-        raise UserError(f"{path} is damaged or no training state ({type(error).__name__}); "
-                        "start without --resume.") from None
-    expected = ["step", "config", *(name for name, part in parts.items() if part is not None)]
-    missing = [name for name in expected if not isinstance(state, dict) or name not in state]
-    if missing:
-        raise UserError(f"{path} lacks {', '.join(missing)}, which this run needs to go on; start without --resume.")
-    if state.get("codes_of", "") != vae:
-        raise UserError(f"{path} was trained on the codes of another RQ-VAE; start without --resume.")
-    changed = [k for k, v in vars(section).items() if state["config"].get(k) != v]
-    if changed:
-        print(f"resuming with other values than before: {', '.join(changed)}")
-    for name in expected[2:]:
-        groups = getattr(parts[name], "param_groups", [])
-        settings = [{k: v for k, v in group.items() if k != "params"} for group in groups]
-        try:
-            fill(parts[name], state[name], path)
-            for group, values in zip(getattr(parts[name], "param_groups", []), settings):
-                group.update(values)
-        except (ValueError, KeyError) as error:      # an optimizer of another model
-            raise UserError(f"{path} does not fit this model ({error}); start without --resume.") from None
-    return state["step"]

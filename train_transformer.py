@@ -5,6 +5,7 @@
     python sample.py --checkpoint runs/tiny-imagenet-32 --class 980
 """
 import copy
+import math
 import time
 from pathlib import Path
 
@@ -15,17 +16,17 @@ from tqdm import tqdm
 
 import data
 import drr
-from common import (CsvLog, grid, learning_rate, load_config, pick_device, run, save_picture, to_pixels,
-                    training_arguments)
+import training
+from common import grid, load_config, run, save_picture, to_pixels
 from drr import UserError
 
 
-def training_noise(seed, step, batch_size, positions):
-    """What is random in a step besides the choice of images: the numbers for `random_mask` (B, 1 + N), and one for the
-    dropping of each condition (B,)."""
+def training_noise(seed, step, batch_size, positions, depth):
+    """What is random in a step besides the choice of images, for the whole batch: the numbers for `random_mask` (B, 1 + N),
+    one for the dropping of each condition (B,), and those of stochastic codes (B, N, D)."""
     rng = np.random.default_rng([seed, step, 2])
     uniforms = torch.from_numpy(rng.random((batch_size, 2 + positions), np.float32))
-    return uniforms[:, 1:], uniforms[:, 0]
+    return uniforms[:, 1:], uniforms[:, 0], torch.from_numpy(rng.random((batch_size, positions, depth), np.float32))
 
 
 def sample_grid(vae, transformer, classes, config, device, dtype, seed=0):
@@ -39,78 +40,114 @@ def sample_grid(vae, transformer, classes, config, device, dtype, seed=0):
 
 def main():
     # --- set-up ------------------------------------------------------------------------------------------------------
-    parser = training_arguments(__doc__)
+    parser = training.arguments(__doc__)
     parser.add_argument("--vae", metavar="FILE", help="the trained RQ-VAE (OUT/vae.safetensors)")
     args = parser.parse_intermixed_args()
     config = load_config(args.preset, args.overrides)
     c, out = config.transformer, Path(args.out or f"runs/{args.preset}")
-    device, dtype = pick_device(args)
+    device, dtype = training.join_ranks(args)
+    rank, world = drr.ranks()
     if not args.data:
         raise UserError("Training needs --data DIR, a folder with DIR/train/<class>/*.jpg or with images.")
-    if c.batch_size % c.accumulate:
-        raise UserError(f"transformer.batch_size {c.batch_size} is no multiple of transformer.accumulate "
-                        f"{c.accumulate}; change one of them.")
     if c.cond == "text":
         raise UserError("This trainer has no text data yet; use transformer.cond=class or transformer.cond=none.")
+    own, count = training.micro_batches("transformer", c)
     vae, config.vae = drr.load_vae(args.vae or out / "vae.safetensors")
     vae.to(device)
+    N, D = vae.side ** 2, vae.quantizer.depth
     torch.manual_seed(config.data.seed)                        # the initial weights; nothing else draws from it
 
-    # --- data: codes of all images, both ways round ------------------------------------------------------------------
+    # --- data: codes of all images, both ways round; or the images themselves ------------------------------------------
     files, labels, classes = data.find_images(args.data)
     if c.cond == "class" and classes == [""]:
         raise UserError(f"{args.data} has no class folders; add them or train with transformer.cond=none.")
     titles = data.class_titles(args.data, classes)
-    views = data.Views(files, labels, classes, vae.size, c.batch_size, config.data)
-    codes = data.cached_codes(views, vae, out / "codes", device, dtype)           # (1 or 2, M, N, D)
+    views = data.Views(files, labels, classes, vae.size, c.batch_size, config.data, own)
+    settings = training.settings_of(config, ("transformer", "data"), str(dtype), files=data.fingerprint(files),
+                                    codes_of=drr.fingerprint(vae))
+    online = c.soft_labels or c.stochastic_codes               # these need z, which is too large to store
+    if not online:
+        cache = data.cached_codes(views, vae, out / "codes", device, dtype)       # (1 or 2, M, N, D)
+    elif config.data.in_memory:
+        views.load(device)
     val, val_labels = data.validation_images(args.data, vae.size, 1024, classes)
     if val is not None:
         val = torch.cat([data.encode(vae, data.to_float(x, device), dtype) for x in val.split(128)])
 
     # --- model -------------------------------------------------------------------------------------------------------
     n = drr.conditions(c, classes)
-    transformer = drr.ContextualRQTransformer(c, n, vae.side ** 2, vae.quantizer.depth, vae.quantizer.codebook)
-    transformer.to(device)
+    transformer = drr.ContextualRQTransformer(c, n, N, D, vae.quantizer.codebook).to(device)
+    transformer.recompute = c.recompute
+    if args.init and not args.resume:
+        drr.fill(transformer, drr.read_model(args.init)[0], args.init)
+    ema = copy.deepcopy(transformer).requires_grad_(False).eval()                 # the result: a moving average
+    whole_ema = training.shard(transformer, ema) if c.shard else lambda: ema
     matrices = [p for p in transformer.parameters() if p.dim() > 1]
     vectors = [p for p in transformer.parameters() if p.dim() == 1]               # biases and gains do not decay
     opt = torch.optim.AdamW([{"params": matrices, "weight_decay": c.weight_decay},
                              {"params": vectors, "weight_decay": 0.0}], lr=c.lr, betas=tuple(c.betas), fused=True)
-    ema = copy.deepcopy(transformer).requires_grad_(False).eval()                 # the result: a moving average
     parts = {"transformer": transformer, "ema": ema, "opt": opt}
-    state_file = out / "transformer_state.pt"
-    codes_of = drr.fingerprint(vae)
-    start = drr.load_state(state_file, parts, c, codes_of) if args.resume else 0
-    loss_function = torch.compile(drr.masked_loss) if c.compile else drr.masked_loss
-    log = CsvLog(out / "transformer.csv", start)
-    print(f"{sum(p.numel() for p in transformer.parameters()) / 1e6:.1f}M parameters, {len(views)} views, {len(classes)} "
-          f"classes, {device} {str(dtype)[6:]}, steps {start}..{c.steps} -> {out}")
+    states = training.States(out, "transformer", parts, settings, c.keep, sharded=transformer if c.shard else None)
+    start = states.load(args.force) if args.resume else 0
+    forward = torch.compile(transformer) if c.compile else transformer
+    forward = forward if c.shard else training.parallel(forward, device)
+    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+    def backward(codes, mask, cond, z, weight):
+        """Forward and backward of one micro-batch, which has `weight` of the step's hidden stacks: they all count the same.
+        Returns its part (2, D) of the step's loss and accuracy by depth."""
+        soft = vae.quantizer.soft_codes(z[mask], codes[mask], c.code_temperature) if c.soft_labels else None    # (P, D, K)
+        with autocast:
+            loss, accuracy = forward(codes, mask, cond, soft)
+        (loss.mean() * weight * world).backward()              # the gradients are averaged over the ranks, hence `world`
+        return torch.stack([loss.detach(), accuracy]) * weight
 
     def to_cond(labels):
         return (labels if c.cond == "class" else torch.zeros_like(labels)).to(device)[:, None]        # (B, 1)
 
+    # --- what it will take: one micro-batch is tried -------------------------------------------------------------------
+    like = torch.zeros(len(own) // count, N, D, dtype=torch.int64, device=device)
+    mask = (torch.arange(N, device=device) < 2 / math.pi * N).expand(len(like), N)                     # the mean share
+    z = torch.zeros(*like.shape[:2], config.vae.code_dim, device=device) if c.soft_labels else None
+    training.synchronize_gradients([forward], False)
+    cost = training.measure(lambda: backward(like, mask, to_cond(like[:, 0, 0]), z, 1), count, parts, device, dtype)
+    training.announce("transformer", c, cost, start, count, device, dtype)
+    log = training.Log(out, "transformer", start, args.tensorboard)
+    print(f"{sum(p.numel() for p in transformer.parameters()) / 1e6:.1f}M parameters, {len(views)} views, {len(classes)} "
+          f"classes, {world} x {device} {str(dtype)[6:]}, steps {start}..{c.steps} -> {out}")
+
     # --- loop --------------------------------------------------------------------------------------------------------
+    stop = training.StopSignal()
     clock, seen = time.time(), 0
-    bar = tqdm(range(start, c.steps), "train_transformer", c.steps, initial=start, unit="step")
+    images = views.batches(start, c.steps) if online else None
+    bar = tqdm(range(start, c.steps), "train_transformer", c.steps, initial=start, unit="step", disable=rank > 0)
     for step in bar:
-        index, flips = views.draw(step)
-        batch = torch.from_numpy(codes[flips.astype(int), index].astype(np.int64)).to(device)         # (B, N, D)
-        mask_noise, drop_noise = training_noise(config.data.seed, step, c.batch_size, vae.side ** 2)
-        mask = drr.random_mask(mask_noise).to(device)
-        cond = to_cond(torch.from_numpy(views.labels[index]))
-        cond = torch.where(drop_noise.to(device)[:, None] < c.cond_dropout, transformer.null, cond)
+        mask_noise, drop_noise, code_noise = training_noise(config.data.seed, step, c.batch_size, N, D)
+        mask = drr.random_mask(mask_noise)                     # of the whole batch, as the noise is; then this rank's part
+        hidden, mask = mask.sum(), mask[own].to(device)
+        if online:
+            pictures, labels, _ = next(images)
+            with torch.no_grad(), autocast:
+                z = torch.cat([vae.encode_latent(data.to_float(x, device)) for x in pictures.chunk(count)]).float()
+            temperature = c.code_temperature if c.stochastic_codes else 0.0
+            codes, z = vae.quantizer.quantize(z, temperature, code_noise[own].to(device))[0], z.chunk(count)
+        else:
+            index, flips = (drawn[own] for drawn in views.draw(step))
+            labels, z = torch.from_numpy(views.labels[index]), count * [None]
+            codes = torch.from_numpy(cache[flips.astype(int), index].astype(np.int64)).to(device)      # (B', N, D)
+        cond = to_cond(labels)
+        cond = torch.where(drop_noise[own].to(device)[:, None] < c.cond_dropout, transformer.null, cond)
         for group in opt.param_groups:
-            group["lr"] = learning_rate(step, c)
-        loss, accuracy, hidden = 0, 0, mask.sum()
-        for part in zip(batch.chunk(c.accumulate), mask.chunk(c.accumulate), cond.chunk(c.accumulate)):
-            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                part_loss, part_accuracy = loss_function(transformer, *part)                           # (D,), (D,)
-            share = part[1].sum() / hidden                     # of the step's hidden stacks, which all count the same
-            (part_loss.mean() * share).backward()
-            loss, accuracy = loss + part_loss.detach() * share, accuracy + part_accuracy * share
-        norm = nn.utils.clip_grad_norm_(transformer.parameters(), c.grad_clip or float("inf"))
-        if not torch.isfinite(norm):
-            saved = f"go on from {state_file} with --resume and" if start or step >= c.save_every else "start again with"
-            raise UserError(f"The gradient is no longer finite at step {step + 1}; {saved} a lower transformer.lr.")
+            group["lr"] = training.learning_rate(step, c)
+        result = 0
+        for i, part in enumerate(zip(codes.chunk(count), mask.chunk(count), cond.chunk(count), z)):
+            training.synchronize_gradients([forward], i == count - 1)
+            result = result + backward(*part, part[1].sum() / hidden)
+        norm = training.full(nn.utils.clip_grad_norm_(transformer.parameters(), c.grad_clip or float("inf")))
+        stopping, broken = training.on_any_rank(stop.received, not torch.isfinite(norm + result.sum()), device=device)
+        if broken:
+            loss = training.total(result)[0].tolist()
+            training.refuse_infinity({f"the loss of depth {d + 1}": v for d, v in enumerate(loss)}, step, "a lower transformer.lr")
         opt.step()
         opt.zero_grad(set_to_none=True)
         decay = min(c.weights_ema, (1 + step) / (10 + step))   # a short memory at first, so that the start is forgotten
@@ -118,31 +155,42 @@ def main():
             torch._foreach_lerp_(list(ema.parameters()), list(transformer.parameters()), 1 - decay)
 
         # --- log, look, save -----------------------------------------------------------------------------------------
-        step, seen, last = step + 1, seen + len(batch), step + 1 == c.steps
+        step, seen, last = step + 1, seen + c.batch_size, step + 1 == c.steps
         look = step % c.picture_every == 0 or last
+        save = step % c.save_every == 0 or last or stopping
+        result_ema = whole_ema() if look or save else None     # on rank 0
         if look or step % c.log_every == 0:
             rate, clock, seen = seen / (time.time() - clock), time.time(), 0
-            row = {"step": step, "loss": loss.mean().item(), "grad_norm": norm.item(), "lr": opt.param_groups[0]["lr"],
-                   "images_per_s": rate, "val_loss": "", **{f"loss_{d + 1}": v for d, v in enumerate(loss.tolist())},
-                   **{f"accuracy_{d + 1}": v for d, v in enumerate(accuracy.tolist())}}
-            if look:
+            loss, accuracy = training.total(result).tolist()
+            usage, perplexity = (v.tolist() for v in drr.codebook_usage(training.everyones(codes.flatten(0, 1)), config.vae.codebook_size))
+            row = {"step": step, "loss": sum(loss) / D, "grad_norm": norm.item(), "lr": opt.param_groups[0]["lr"],
+                   "images_per_s": rate, "tokens_per_s": rate * N * D, "mfu": cost.mfu(rate / c.batch_size), "val_loss": "",
+                   **{f"loss_{d + 1}": v for d, v in enumerate(loss)}, **{f"accuracy_{d + 1}": v for d, v in enumerate(accuracy)},
+                   **{f"usage_{d + 1}": v for d, v in enumerate(usage)}, **{f"perplexity_{d + 1}": v for d, v in enumerate(perplexity)}}
+            if look and rank == 0:
                 if val is not None:
-                    noise = training_noise(config.data.seed, 0, len(val), vae.side ** 2)[0]            # always the same
-                    mask = drr.random_mask(noise).to(device)
-                    row["val_loss"] = validation_loss(ema, val, mask, to_cond(val_labels), dtype)
-                save_picture(sample_grid(vae, ema, n, config, device, dtype), out / f"samples_{step:06d}.png")
+                    noise = training_noise(config.data.seed, 0, len(val), N, D)[0]                     # always the same
+                    row["val_loss"] = validation_loss(result_ema, val, drr.random_mask(noise).to(device), to_cond(val_labels), dtype)
+                save_picture(sample_grid(vae, result_ema, n, config, device, dtype), out / f"samples_{step:06d}.png")
                 clock = time.time()
             log.write(row)
             bar.set_postfix_str(f"loss {row['loss']:.3f} {rate:.0f} img/s")
-            tqdm.write(f"step {step} loss {row['loss']:.3f} by depth {' '.join(f'{v:.2f}' for v in loss.tolist())} "
-                       f"accuracy {' '.join(f'{v:.3f}' for v in accuracy.tolist())} grad {row['grad_norm']:.2f} "
-                       f"{rate:.0f} img/s"
+            tqdm.write(f"step {step} loss {row['loss']:.3f} by depth {' '.join(f'{v:.2f}' for v in loss)} "
+                       f"accuracy {' '.join(f'{v:.3f}' for v in accuracy)} grad {row['grad_norm']:.2f} "
+                       f"{rate:.0f} img/s {row['tokens_per_s']:,.0f} tokens/s MFU {row['mfu']:.0%}"
                        + (f" val_loss {row['val_loss']:.4f}" if row["val_loss"] != "" else ""))
-        if step % c.save_every == 0 or last:
-            drr.save_transformer(out / "transformer.safetensors", ema, config, classes, titles, vae)
-            drr.save_state(state_file, parts, step, c, codes_of)
+        if save:
+            if rank == 0:
+                drr.save_transformer(out / "transformer.safetensors", result_ema, config, classes, titles, vae)
+            states.save(step)
+        if look:
+            log.draw()
+        if stopping and not last:
+            stop.leave(step)
     if start >= c.steps:       # nothing was left to train: write the result again, with today's sampling defaults
-        drr.save_transformer(out / "transformer.safetensors", ema, config, classes, titles, vae)
+        result_ema = whole_ema()
+        if rank == 0:
+            drr.save_transformer(out / "transformer.safetensors", result_ema, config, classes, titles, vae)
     print(f"wrote {out / 'transformer.safetensors'}")
 
 

@@ -15,8 +15,8 @@ from tqdm import tqdm
 
 import data
 import drr
-from common import (CsvLog, efficientnet_lite0, grid, learning_rate, load_config, pick_device, run, save_picture, to_pixels,
-                    training_arguments)
+import training
+from common import efficientnet_lite0, grid, load_config, run, save_picture, to_pixels
 from drr import UserError
 
 
@@ -28,13 +28,22 @@ class PatchDiscriminator(nn.Sequential):
         modules = [nn.Conv2d(3, ch, 4, 2, 1), nn.LeakyReLU(0.2)]
         for i in range(1, layers + 1):
             c_in, c_out = ch * min(2 ** (i - 1), 8), ch * min(2 ** i, 8)
-            modules += [nn.Conv2d(c_in, c_out, 4, 2 if i < layers else 1, 1, bias=False), nn.BatchNorm2d(c_out),
-                        nn.LeakyReLU(0.2)]
+            modules += [nn.Conv2d(c_in, c_out, 4, 2 if i < layers else 1, 1, bias=False),
+                        nn.BatchNorm2d(c_out, track_running_stats=False), nn.LeakyReLU(0.2)]   # only ever trained
         super().__init__(*modules, nn.Conv2d(c_out if layers else ch, 1, 4, 1, 1))
 
 
-def hinge_loss(real, fake):
-    return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
+class HingeLoss(nn.Module):
+    """The discriminator's loss for images (B, 3, S, S) real and fake, and its mean logits of either; a module, because
+    DistributedDataParallel wants one forward pass for one backward pass."""
+
+    def __init__(self, discriminator):
+        super().__init__()
+        self.discriminator = discriminator
+
+    def forward(self, real, fake):
+        real, fake = self.discriminator(real), self.discriminator(fake)
+        return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean()), real.mean(), fake.mean()
 
 
 def adaptive_weight(reconstruction, adversarial, last_layer):
@@ -92,27 +101,32 @@ def psnr(vae, images):
     return -10 * torch.cat(mse).log10().mean().item()
 
 
+TERMS = ("loss", "reconstruction", "commitment", "perceptual", "gan", "disc", "logits_real", "logits_fake", "lambda")
+
+
 def main():
     # --- set-up ------------------------------------------------------------------------------------------------------
-    parser = training_arguments(__doc__)
-    parser.add_argument("--init", metavar="FILE", help="start from the weights of this vae.safetensors")
+    parser = training.arguments(__doc__)
     parser.add_argument("--official", metavar="FILE", help="convert the published RQ-VAE weights; no training")
     args = parser.parse_intermixed_args()
     config = load_config(args.preset, args.overrides)
     c, out = config.vae, Path(args.out or f"runs/{args.preset}")
-    device, dtype = pick_device(args)
+    device, dtype = training.join_ranks(args)
+    rank, world = drr.ranks()
     if args.official:
         drr.save_vae(out / "vae.safetensors", drr.load_official_rqvae(args.official, c), config)
         return print(f"wrote {out / 'vae.safetensors'}")
     if not args.data:
         raise UserError("Training needs --data DIR, a folder with DIR/train/<class>/*.jpg or with images.")
-    if c.batch_size % c.accumulate:
-        raise UserError(f"vae.batch_size {c.batch_size} is no multiple of vae.accumulate {c.accumulate}; change one.")
+    if c.compile and device.type == "cpu":
+        raise UserError("vae.compile is for a GPU: on a CPU the compiled RQ-VAE had wrong gradients in bf16 (torch 2.13).")
+    own, count = training.micro_batches("vae", c)
     torch.manual_seed(config.data.seed)                        # the initial weights; nothing else draws from it
 
     # --- data --------------------------------------------------------------------------------------------------------
     files, labels, classes = data.find_images(args.data)
-    views = data.Views(files, labels, classes, c.resolution, c.batch_size, config.data)
+    views = data.Views(files, labels, classes, c.resolution, c.batch_size, config.data, own)
+    settings = training.settings_of(config, ("vae", "data"), str(dtype), files=data.fingerprint(files))
     if config.data.in_memory:
         views.load(device)
     val, _ = data.validation_images(args.data, c.resolution, 512, classes)
@@ -127,24 +141,56 @@ def main():
         disc = PatchDiscriminator(c.disc_ch, c.disc_layers).to(device)
         disc_opt = torch.optim.Adam(disc.parameters(), lr=c.lr, betas=tuple(c.betas))
     parts = {"vae": vae, "opt": opt, "disc": disc, "disc_opt": disc_opt}
-    state_file = out / "vae_state.pt"
-    start = drr.load_state(state_file, parts, c) if args.resume else 0
+    states = training.States(out, "vae", parts, settings, c.keep)
+    start = states.load(args.force) if args.resume else 0
     if args.init and not start:
         drr.fill(vae, drr.read_model(args.init)[0], args.init)
-    if c.compile and device.type == "cpu":
-        raise UserError("vae.compile is for a GPU: on a CPU the compiled RQ-VAE had wrong gradients in bf16 (torch 2.13).")
     if c.compile:
         torch._functorch.config.donated_buffer = False         # adaptive_weight goes through the graph twice
-    forward = torch.compile(vae) if c.compile else vae
+    forward = training.parallel(torch.compile(vae) if c.compile else vae, device)
+    hinge_loss = training.parallel(HingeLoss(disc), device) if disc else None
     autocast = torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext()
+
+    def backward(images, quantized, adversarial):
+        """Forward and backward of one micro-batch: adds its part to the gradients of the step's mean loss. Returns the
+        TERMS, and which vectors (P * D, n_z) were quantized into which codes (P, D)."""
+        x = data.to_float(images, device)
+        with autocast:
+            recon, commitment, z, codes = forward(x, quantized)
+        recon = recon.float()
+        error = (recon - x).abs().mean() if c.loss == "l1" else (recon - x).square().mean()
+        perceptual = gan = d_loss = real = fake = weight = torch.zeros((), device=device)
+        if lpips:
+            with autocast if c.perceptual == "efficientnet" else nullcontext():
+                perceptual = lpips(recon, x).mean()
+        loss = error + c.perceptual_weight * perceptual + c.commitment_weight * quantized * commitment
+        if adversarial:
+            disc.requires_grad_(False)                         # L_gan = -mean D(x_hat); lambda balances its gradient
+            gan = -disc(recon).mean()
+            weight = adaptive_weight(error + c.perceptual_weight * perceptual, gan, vae.decoder.conv_out.weight)
+            loss = loss + c.disc_weight * weight * gan
+            disc.requires_grad_(True)
+        (loss / count).backward()
+        if adversarial:
+            d_loss, real, fake = hinge_loss(x, recon.detach())
+            (d_loss / count).backward()
+        terms = torch.stack([loss, error, commitment, perceptual, gan, d_loss, real, fake, weight]).detach()
+        return terms, vae.quantizer.residuals(z, codes).flatten(0, -2), codes.flatten(0, -2)
+
+    # --- what it will take: one micro-batch is tried -------------------------------------------------------------------
+    grey = torch.full((len(own) // count, 3, c.resolution, c.resolution), 127, dtype=torch.uint8)
+    training.synchronize_gradients((forward, hinge_loss), False)
+    cost = training.measure(lambda: backward(grey, True, disc is not None), count, parts, device, dtype)
+    training.announce("vae", c, cost, start, count, device, dtype)
     out.mkdir(parents=True, exist_ok=True)
-    log = CsvLog(out / "vae.csv", start)
+    log = training.Log(out, "vae", start, args.tensorboard)
     print(f"{sum(p.numel() for p in vae.parameters()) / 1e6:.1f}M parameters, {len(views)} views of {len(files)} files, "
-          f"{device} {str(dtype)[6:]}, steps {start}..{c.steps} -> {out}")
+          f"{world} x {device} {str(dtype)[6:]}, steps {start}..{c.steps} -> {out}")
 
     # --- loop --------------------------------------------------------------------------------------------------------
+    stop = training.StopSignal()
     clock, seen, unreadable = time.time(), 0, 0
-    bar = tqdm(views.batches(start, c.steps), "train_vae", c.steps, initial=start, unit="step")
+    bar = tqdm(views.batches(start, c.steps), "train_vae", c.steps, initial=start, unit="step", disable=rank > 0)
     for step, (batch, _, bad) in enumerate(bar, start):
         unreadable += bad
         generator = torch.Generator().manual_seed(config.data.seed * 1_000_003 + step)
@@ -153,36 +199,18 @@ def main():
         quantized = step >= c.quantize_start
         adversarial = disc is not None and step >= c.disc_start
         for group in (opt, disc_opt) if disc is not None else (opt,):
-            group.param_groups[0]["lr"] = learning_rate(step, c, c.decay)
-        vectors, chosen = [], []                               # for the codebook: what was quantized, and into what
-        means = torch.zeros(5, device=device)                  # of the terms of the loss, over the micro-batches
-        for images in batch.chunk(c.accumulate):
-            x = data.to_float(images, device)
-            with autocast:
-                recon, commitment, z, codes = forward(x, quantized)
-            recon = recon.float()
-            error = (recon - x).abs().mean() if c.loss == "l1" else (recon - x).square().mean()
-            with autocast if c.perceptual == "efficientnet" else nullcontext():
-                perceptual = lpips(recon, x).mean() if lpips else torch.zeros((), device=device)
-            loss = error + c.perceptual_weight * perceptual + c.commitment_weight * quantized * commitment
-            d_loss = torch.zeros((), device=device)
-            if adversarial:
-                disc.requires_grad_(False)                     # L_gan = -mean D(x_hat); lambda balances its gradient
-                gan = -disc(recon).mean()
-                weight = adaptive_weight(error + c.perceptual_weight * perceptual, gan, vae.decoder.conv_out.weight)
-                loss = loss + c.disc_weight * weight * gan
-                disc.requires_grad_(True)
-            (loss / c.accumulate).backward()
-            if adversarial:
-                d_loss = hinge_loss(disc(x), disc(recon.detach()))
-                (d_loss / c.accumulate).backward()
-            means += torch.stack([loss, error, commitment, perceptual, d_loss]).detach() / c.accumulate
-            vectors.append(vae.quantizer.residuals(z, codes).flatten(0, -2))       # (P * D, n_z)
-            chosen.append(codes.flatten(0, -2))                # (P, D)
+            group.param_groups[0]["lr"] = training.learning_rate(step, c, c.decay)
+        vectors, chosen, terms = [], [], 0                     # for the codebook: what was quantized, and into what
+        for i, images in enumerate(batch.chunk(count)):
+            training.synchronize_gradients((forward, hinge_loss), i == count - 1)
+            part, residuals, codes = backward(images, quantized, adversarial)
+            terms = terms + part / count
+            vectors.append(residuals)
+            chosen.append(codes)
         norm = nn.utils.clip_grad_norm_(vae.parameters(), c.grad_clip or float("inf"))
-        if not torch.isfinite(norm):
-            saved = f"go on from {state_file} with --resume and" if start or step >= c.save_every else "start again with"
-            raise UserError(f"The gradient is no longer finite at step {step + 1}; {saved} a lower vae.lr.")
+        stopping, broken = training.on_any_rank(stop.received, not torch.isfinite(norm + terms.sum()), device=device)
+        if broken:
+            training.refuse_infinity(dict(zip(TERMS, training.total(terms).tolist())), step, "a lower vae.lr")
         opt.step()
         opt.zero_grad(set_to_none=True)
         if adversarial:
@@ -192,31 +220,39 @@ def main():
         vae.quantizer.update_codebook(torch.cat(vectors), codes.flatten(), generator if c.restart else None)
 
         # --- log, look, save -----------------------------------------------------------------------------------------
-        step, seen, last = step + 1, seen + len(batch), step + 1 == c.steps
+        step, seen, last = step + 1, seen + c.batch_size, step + 1 == c.steps
         look = step % c.picture_every == 0 or last
         if look or step % c.log_every == 0:
             rate, clock, seen = seen / (time.time() - clock), time.time(), 0
-            usage, perplexity = (v.tolist() for v in drr.codebook_usage(codes, c.codebook_size))
-            row = {"step": step, **dict(zip(("loss", "reconstruction", "commitment", "perceptual", "disc"), means.tolist())),
-                   "grad_norm": norm.item(), "lr": opt.param_groups[0]["lr"], "images_per_s": rate, "unreadable": unreadable,
+            usage, perplexity = (v.tolist() for v in drr.codebook_usage(training.everyones(codes), c.codebook_size))
+            row = {"step": step, **dict(zip(TERMS, (training.total(terms) / world).tolist())),
+                   "grad_norm": norm.item(), "lr": opt.param_groups[0]["lr"], "images_per_s": rate,
+                   "mfu": cost.mfu(rate / c.batch_size), "unreadable": int(training.total(torch.tensor(unreadable, device=device))),
                    **{f"usage_{d + 1}": v for d, v in enumerate(usage)},
-                   **{f"perplexity_{d + 1}": v for d, v in enumerate(perplexity)}}
-            if look:
+                   **{f"perplexity_{d + 1}": v for d, v in enumerate(perplexity)}, "val_psnr": ""}
+            if look and rank == 0:
                 vae.eval()
                 save_picture(grid(to_pixels(drr.reconstructions(vae, val[:8])), 1 + c.depth, max(1, 64 // c.resolution)),
                              out / f"vae_{step:06d}.png")
                 row["val_psnr"] = psnr(vae, val)
                 vae.train()
                 clock = time.time()
-            log.write({"val_psnr": "", **row})
+            log.write(row)
             bar.set_postfix_str(f"loss {row['loss']:.4f} {rate:.0f} img/s")
+            balance = f"disc {row['disc']:.3f} ({row['logits_real']:+.2f} {row['logits_fake']:+.2f}) " if adversarial else ""
             tqdm.write(f"step {step} loss {row['loss']:.4f} {c.loss} {row['reconstruction']:.4f} commit {row['commitment']:.4f} "
-                       f"disc {row['disc']:.3f} perplexity {' '.join(f'{p:.0f}' for p in perplexity)} {rate:.0f} img/s"
-                       + (f" psnr {row['val_psnr']:.2f} dB" if "val_psnr" in row else ""))
-        if step % c.save_every == 0 or last:
-            drr.save_vae(out / "vae.safetensors", vae, config)
-            drr.save_state(state_file, parts, step, c)
-    if start >= c.steps:       # nothing was left to train
+                       f"{balance}grad {row['grad_norm']:.3f} usage {' '.join(f'{u:.2f}' for u in usage)} "
+                       f"perplexity {' '.join(f'{p:.0f}' for p in perplexity)} {rate:.0f} img/s MFU {row['mfu']:.0%}"
+                       + (f" psnr {row['val_psnr']:.2f} dB" if row["val_psnr"] != "" else ""))
+        if step % c.save_every == 0 or last or stopping:
+            if rank == 0:
+                drr.save_vae(out / "vae.safetensors", vae, config)
+            states.save(step)
+        if look:
+            log.draw()
+        if stopping and not last:
+            stop.leave(step)
+    if start >= c.steps and rank == 0:       # nothing was left to train
         drr.save_vae(out / "vae.safetensors", vae, config)
     print(f"wrote {out / 'vae.safetensors'}")
 

@@ -7,7 +7,8 @@ import yaml
 from conftest import REPO
 
 import drr
-from common import learning_rate, load_config
+from common import load_config
+from training import learning_rate
 
 DOCUMENT = yaml.safe_load((REPO / "config.yaml").read_text())
 BASE = DOCUMENT["base"]
@@ -31,7 +32,7 @@ def test_every_preset_loads_with_every_key_in_the_bases_type(preset):
 def test_every_preset_can_be_built_and_trained(preset):
     c = load_config(preset)
     for section in (c.vae, c.transformer):
-        assert section.batch_size % section.accumulate == 0 and section.warmup < section.steps
+        assert section.batch_size % (section.micro_batch or 1) == 0 and section.warmup < section.steps
     assert c.transformer.d_model % c.transformer.head_dim == 0
     # GroupNorm(32); codes are cached as uint16
     assert c.vae.ch % 32 == 0 and c.vae.codebook_size <= 2 ** 16
@@ -154,7 +155,7 @@ def test_a_value_of_another_kind_is_the_users_mistake(text):
 
 
 @pytest.mark.parametrize("text", [
-    "vae.steps=0", "vae.batch_size=0", "vae.accumulate=0", "vae.depth=0", "vae.codebook_size=0", "vae.log_every=0",
+    "vae.steps=0", "vae.batch_size=0", "vae.depth=0", "vae.codebook_size=0", "vae.log_every=0",
     "vae.save_every=0",
     "vae.picture_every=0", "transformer.head_dim=0", "sample.t_draft=0", "sample.t_revise=0", "sample.batch_size=0",
     "sample.draft_temperature=0", "sample.top_p=0", "sample.top_p=1.5", "vae.ema_decay=1.5",

@@ -1,0 +1,474 @@
+"""Training that is interrupted, resumed, spread over processes, and stopped by mistakes: real runs of the real scripts."""
+import contextlib
+import csv
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import REPO, TESTS
+from safetensors.torch import load_file
+
+import train_transformer
+import train_vae
+import training
+from drr import UserError
+
+PHOTOS = TESTS / "photos"
+SCRIPTS = {"vae": train_vae, "transformer": train_transformer}
+ENVIRONMENT = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
+SPEEDS = ("images_per_s", "tokens_per_s", "mfu")        # columns that are a matter of the machine
+
+
+def rows(folder, stage):
+    with open(folder / f"{stage}.csv", newline="") as f:
+        return [{k: v for k, v in row.items() if k not in SPEEDS} for row in csv.DictReader(f)]
+
+
+def weights(folder, stage):
+    return load_file(folder / f"{stage}.safetensors")
+
+
+def assert_same(a, b, stage):
+    """Two folders hold the same training: every number of the log, every bit of the weights."""
+    assert rows(a, stage) == rows(b, stage)
+    one, two = weights(a, stage), weights(b, stage)
+    assert one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
+
+
+# === A process for each run, forked from this one, which has torch in memory already ================================
+FORKED = """
+import os, runpy, sys
+sys.path.insert(0, {repo!r})
+import train_transformer, train_vae, torch, torch._dynamo
+torch.set_num_threads(1)
+for line in sys.stdin:                       # out <TAB> arguments; answers with the pid, the parent kills and waits
+    out, *arguments = line.rstrip("\\n").split("\\t")
+    pid = os.fork()
+    if pid == 0:
+        null = os.open(os.devnull, os.O_RDWR)
+        os.dup2(null, 0)
+        log = os.open(out, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(log, 1), os.dup2(log, 2)
+        sys.argv = arguments
+        runpy.run_path(arguments[0], run_name="__main__")
+        os._exit(0)
+    print(pid, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+"""
+
+
+class Forker:
+    """start(script, arguments) begins a run; `wait` gives its exit status (-9 if it was killed) and what it printed."""
+
+    def __init__(self, folder):
+        self.log = folder / "output"
+        self.server = subprocess.Popen([sys.executable, "-c", FORKED.format(repo=str(REPO))], env=ENVIRONMENT, cwd=folder,
+                                       stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def start(self, stage, *arguments):
+        script = REPO / f"train_{stage}.py"
+        self.server.stdin.write("\t".join(map(str, (self.log, script, *arguments))) + "\n")
+        self.server.stdin.flush()
+        return int(self.server.stdout.readline())
+
+    def wait(self):
+        return SimpleNamespace(returncode=int(self.server.stdout.readline()), output=self.log.read_text())
+
+    def run(self, stage, *arguments):
+        self.start(stage, *arguments)
+        return self.wait()
+
+
+@pytest.fixture(scope="module")
+def forker(tmp_path_factory):
+    forker = Forker(tmp_path_factory.mktemp("forked"))
+    yield forker
+    forker.server.stdin.close()
+    forker.server.wait()
+
+
+@pytest.fixture(scope="module")
+def smoke_vae(forker, tmp_path_factory):
+    """A trained RQ-VAE for the second stage."""
+    folder = tmp_path_factory.mktemp("smoke")
+    done = forker.run("vae", "smoke", "--data", PHOTOS, "--out", folder, "--precision", "fp32", "vae.steps=10", "vae.warmup=1",
+                      "vae.disc_weight=0")
+    assert done.returncode == 0, done.output
+    return folder / "vae.safetensors"
+
+
+@pytest.fixture
+def arguments(smoke_vae):
+    """arguments(stage, out, ...): a short run that logs every step and saves every other; the adversary is on."""
+    def make(stage, out, *more, steps=12):
+        short = {"steps": steps, "warmup": 3, "save_every": 2, "log_every": 1, "picture_every": 6, "batch_size": 8}
+        extra = ("vae.disc_start=2", "vae.quantize_start=1") if stage == "vae" else ("--vae", smoke_vae)
+        return ("smoke", "--data", PHOTOS, "--out", out, "--precision", "fp32", *extra,
+                *(f"{stage}.{k}={v}" for k, v in short.items()), *more)
+    return make
+
+
+def finished(done):
+    assert done.returncode == 0, done.output
+    return done
+
+
+def refused(done, *expected):
+    assert done.returncode == 2 and "Traceback" not in done.output, done.output
+    error = [line for line in done.output.splitlines() if line.startswith("error: ")]
+    assert len(error) == 1 and all(e in error[0] for e in expected), done.output
+    return error[0]
+
+
+# === Killed, and gone on ============================================================================================
+@pytest.mark.parametrize("stage", SCRIPTS)
+def test_a_run_killed_ten_times_at_random_is_the_uninterrupted_run(forker, arguments, tmp_path, stage):
+    """SIGKILL at random moments, ten of them for each stage; also between two files, or in the middle of one."""
+    moment = random.Random(time.time_ns())
+    start = time.time()
+    finished(forker.run(stage, *arguments(stage, tmp_path / "whole")))
+    whole = time.time() - start
+    kills = survived = 0
+    while kills < 10:
+        out = tmp_path / f"parts{survived}"
+        while True:
+            resume = ["--resume"] if list(out.glob(f"{stage}_state_*.pt")) else []
+            pid = forker.start(stage, *arguments(stage, out, *resume))
+            if kills < 10:
+                time.sleep(moment.uniform(0.2, 1) * whole)
+                with contextlib.suppress(ProcessLookupError):    # it had finished
+                    os.kill(pid, signal.SIGKILL)
+            done = forker.wait()
+            if done.returncode != -signal.SIGKILL:
+                break
+            kills += 1
+        finished(done)
+        assert_same(tmp_path / "whole", out, stage)
+        assert not [p.name for p in out.iterdir() if p.name.startswith(".")]   # nothing half-written stays behind
+        survived += 1
+
+
+def test_sigterm_saves_first_and_says_so(forker, arguments, tmp_path):
+    finished(forker.run("vae", *arguments("vae", tmp_path / "whole")))
+    pid = forker.start("vae", *arguments("vae", tmp_path / "parts", "vae.save_every=100"))
+    while not (tmp_path / "parts" / "vae.csv").exists() or len(rows(tmp_path / "parts", "vae")) < 3:
+        time.sleep(0.01)
+    os.kill(pid, signal.SIGTERM)
+    done = forker.wait()
+    assert done.returncode == 128 + signal.SIGTERM and "--resume" in done.output, done.output
+    steps = len(rows(tmp_path / "parts", "vae"))
+    assert 3 <= steps < 12 and [f.name for f in (tmp_path / "parts").glob("vae_state_*")] == [f"vae_state_{steps:09d}.pt"]
+    finished(forker.run("vae", *arguments("vae", tmp_path / "parts", "vae.save_every=100", "--resume")))
+    assert_same(tmp_path / "whole", tmp_path / "parts", "vae")
+
+
+# === Checkpoints: which are kept, which are believed ================================================================
+@pytest.fixture(scope="module")
+def runs(forker, smoke_vae, tmp_path_factory):
+    """A run of six steps of either stage, with the states of steps 4 and 6; each test gets its own copy."""
+    folder = tmp_path_factory.mktemp("runs")
+    for stage in SCRIPTS:
+        more = ["--vae", smoke_vae] if stage == "transformer" else []
+        finished(forker.run(stage, "smoke", "--data", PHOTOS, "--out", folder / stage, "--precision", "fp32", *more,
+                            *(f"{stage}.{s}" for s in SHORT)))
+    return folder
+
+
+SHORT = ("steps=6", "warmup=3", "save_every=2", "log_every=1", "batch_size=8")
+
+
+@pytest.fixture
+def resume(runs, forker, smoke_vae, tmp_path):
+    """resume(stage, ...) goes on with a copy of that run, whose folder is resume.out."""
+    def call(stage, *more):
+        vae = ["--vae", smoke_vae] if stage == "transformer" else []
+        data = [] if "--data" in more else ["--data", PHOTOS]
+        return forker.run(stage, "smoke", *data, "--out", tmp_path / "run", "--precision", "fp32", "--resume", *vae,
+                          *(f"{stage}.{s}" for s in SHORT if s.split("=")[0] not in " ".join(map(str, more))), *more)
+    shutil.copytree(runs / "vae", tmp_path / "run")
+    shutil.copytree(runs / "transformer", tmp_path / "run", dirs_exist_ok=True)
+    call.out = tmp_path / "run"
+    return call
+
+
+def test_the_last_two_states_are_kept(runs):
+    for stage in SCRIPTS:
+        assert sorted(f.name for f in (runs / stage).glob("*_state_*")) == [f"{stage}_state_{s:09d}.pt" for s in (4, 6)]
+
+
+def damage(path, how):
+    whole = path.read_bytes()
+    if how == "truncated":
+        path.write_bytes(whole[:len(whole) // 2])
+    elif how == "empty":
+        path.write_bytes(b"")
+    elif how == "flipped":                                    # one byte of a weight: torch itself would not notice
+        middle = len(whole) // 2
+        path.write_bytes(whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1:])
+
+
+@pytest.mark.parametrize("how", ["truncated", "empty", "flipped"])
+def test_a_damaged_newest_state_falls_back_to_the_one_before_loudly(resume, runs, how):
+    damage(resume.out / "vae_state_000000006.pt", how)
+    done = finished(resume("vae"))
+    assert "WARNING" in done.output and "vae_state_000000006.pt is damaged" in done.output and "steps 4..6" in done.output
+    assert_same(resume.out, runs / "vae", "vae")
+    assert (resume.out / "vae_state_000000006.pt.damaged").exists()            # nothing is thrown away
+
+
+def test_without_a_whole_state_nothing_begins(resume):
+    for path in resume.out.glob("vae_state_*"):
+        damage(path, "truncated")
+    refused(resume("vae"), "No training state", "without --resume")
+
+
+def test_a_fresh_start_replaces_the_states_of_an_earlier_run(forker, resume, arguments):
+    finished(forker.run("vae", *arguments("vae", resume.out, steps=2)))
+    assert [f.name for f in resume.out.glob("vae_state_*")] == ["vae_state_000000002.pt"]
+
+
+@pytest.mark.parametrize("stage, change", [
+    ("vae", "vae.lr=0.001"), ("vae", "vae.disc_weight=0.1"), ("vae", "data.balance=0.3"), ("transformer", "transformer.lr=0.01"),
+    ("vae", "data.seed=1"), ("transformer", "transformer.batch_size=4")])
+def test_other_settings_are_named_and_refused(resume, stage, change):
+    key, _, value = change.partition("=")
+    error = refused(resume(stage, change), key, value, "--force")
+    assert len(re.findall(r"\(was ", error)) == 1
+
+
+def test_other_settings_are_taken_by_force_and_said(resume):
+    done = finished(resume("vae", "vae.lr=0.001", "vae.steps=7", "--force"))
+    assert "vae.lr (was 0.0005, is 0.001)" in done.output and rows(resume.out, "vae")[-1]["step"] == "7"
+
+
+def test_a_longer_run_needs_no_force(resume):
+    done = finished(resume("transformer", "transformer.steps=8", "transformer.save_every=4"))
+    assert "transformer.steps (was 6, is 8)" in done.output
+    assert [row["step"] for row in rows(resume.out, "transformer")] == [str(i + 1) for i in range(8)]
+
+
+def test_changed_data_is_noticed(resume, tmp_path):
+    shutil.copytree(PHOTOS, tmp_path / "photos")
+    finished(resume("vae", "--data", tmp_path / "photos"))                     # a copy of the data is the same data
+    next((tmp_path / "photos" / "train").rglob("*.JPEG")).unlink()
+    refused(resume("vae", "--data", tmp_path / "photos"), "files", "--force")
+
+
+def test_another_vae_is_noticed(resume, smoke_vae, tmp_path):
+    refused(resume("transformer", "--vae", resume.out / "vae.safetensors"), "codes_of")
+
+
+@pytest.mark.parametrize("state, override", [("transformer", ""), ("pickled", ""), ("whole", "vae.codebook_size=32"),
+                                             ("without_disc", "")])
+def test_a_state_that_cannot_be_restored_whole_is_refused(resume, state, override, tmp_path):
+    """Nothing may go on from random weights in silence."""
+    file = resume.out / "vae_state_000000006.pt"
+    (resume.out / "vae_state_000000004.pt").unlink()
+    whole = torch.load(file, weights_only=True)
+    if state == "transformer":
+        shutil.copy(resume.out / "transformer_state_000000006.pt", file)
+    elif state == "pickled":
+        torch.save({"step": 6, "vae": Attack()}, file)
+    elif state == "without_disc":
+        torch.save({k: v for k, v in whole.items() if k != "disc"}, file)
+    os.environ.pop("EXECUTED", None)
+    before = (resume.out / "vae.safetensors").read_bytes()
+    refused(resume("vae", "vae.steps=7", *override.split()), "training state" if state == "pickled" else "vae_state")
+    assert (resume.out / "vae.safetensors").read_bytes() == before and not (tmp_path / "executed").exists()
+
+
+class Attack:
+    def __reduce__(self):
+        return os.mkdir, ("executed",)
+
+
+@pytest.mark.parametrize("stage", SCRIPTS)
+def test_a_full_disk_leaves_the_checkpoint_before_intact(runs, smoke_vae, tmp_path, stage):
+    """The limit on the size of a file stands for the disk: the state of step 8 does not fit, nor does a part of it."""
+    shutil.copytree(runs / stage, tmp_path / "run")
+    states = {f.name: f.read_bytes() for f in (tmp_path / "run").glob("*_state_*")}
+    limit = min(map(len, states.values())) // 2
+    assert limit > (tmp_path / "run" / f"{stage}.safetensors").stat().st_size
+    more = ["--vae", smoke_vae] if stage == "transformer" else []
+    code = (f"import resource, runpy, signal, sys; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit})); "
+            "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')")
+    done = subprocess.run([sys.executable, "-c", code, str(REPO / f"train_{stage}.py"), "smoke", "--data", str(PHOTOS), "--out",
+                           "run", "--precision", "fp32", "--resume", *more, *(f"{stage}.{s}" for s in SHORT[1:]),
+                           f"{stage}.steps=8"], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True)
+    refused(SimpleNamespace(returncode=done.returncode, output=done.stderr), f"{stage}_state_000000008.pt", "space")
+    assert {f.name: f.read_bytes() for f in (tmp_path / "run").glob("*_state_*")} == states
+    assert not [p.name for p in (tmp_path / "run").iterdir() if p.name.startswith(".")]
+
+
+# === Infinity =======================================================================================================
+@pytest.mark.parametrize("stage, change, term", [
+    ("vae", "vae.lr=1e15", "the gradient|loss"), ("transformer", "transformer.lr=1e18", "the loss of depth 1|the gradient")])
+def test_a_loss_that_is_not_finite_stops_with_step_and_term(resume, runs, stage, change, term):
+    before = {f.name: f.read_bytes() for f in resume.out.glob("*_state_*")}
+    error = refused(resume(stage, change, f"{stage}.steps=20", f"{stage}.save_every=20", "--force"), "not finite")
+    assert re.search(rf"At step (\d+) .*({term}).* is not finite", error) and int(re.search(r"step (\d+)", error)[1]) > 6
+    assert {f.name: f.read_bytes() for f in resume.out.glob("*_state_*")} == before
+
+
+def test_the_term_that_is_not_finite_is_named():
+    terms = {"loss": float("nan"), "reconstruction": 0.1, "perceptual": float("inf")}
+    with pytest.raises(UserError, match="At step 8 loss and perceptual is not finite.*lower"):
+        training.refuse_infinity(terms, 7, "a lower vae.lr")
+    with pytest.raises(UserError, match="At step 1 the gradient is not finite"):
+        training.refuse_infinity({"loss": 1.0}, 0, "a lower vae.lr")
+
+
+# === Several processes ==============================================================================================
+def torchrun(count, *arguments, cwd, wrapper=(), timeout=200):
+    """torchrun with that many processes on this machine. `wrapper` is Python code to run before the script."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
+    script, *rest = map(str, arguments)
+    script = REPO / script
+    if wrapper:
+        (cwd / "wrapped.py").write_text(f"import runpy, sys\nsys.path.insert(0, {str(REPO)!r})\n{wrapper}\n"
+                                        f"runpy.run_path({str(script)!r}, run_name='__main__')\n")
+        script = cwd / "wrapped.py"
+    done = subprocess.run([*command, script, *rest], cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True, timeout=timeout)
+    return SimpleNamespace(returncode=done.returncode, output=done.stdout + done.stderr)
+
+
+EACH_RANK = """
+import torch, training
+save = training.States.save
+def save_and_tell(self, step):
+    torch.save([self.parts["vae"].state_dict(), self.parts["disc"].state_dict()], f"rank{training.ranks()[0]}.pt")
+    save(self, step)
+training.States.save = save_and_tell
+"""
+
+
+def assert_follows(one, two, rel):
+    """The losses of two runs agree; a code that is nearly as near as another may fall the other way, so not exactly."""
+    assert len(one) == len(two) > 3
+    for a, b in zip(one, two):
+        for key in a:
+            if re.match("loss|reconstruction|commitment|disc|grad_norm|lr|val_psnr|val_loss|accuracy", key) and a[key]:
+                assert float(b[key]) == pytest.approx(float(a[key]), rel=rel, abs=1e-4), (a["step"], key)
+
+
+def test_stage_one_on_two_ranks_follows_the_run_on_one(forker, arguments, tmp_path):
+    """With the adversary, whose BatchNorm sees the same micro-batches; and the ranks hold the same weights to the bit."""
+    settings = arguments("vae", "two", "vae.micro_batch=4", steps=6)
+    finished(forker.run("vae", *arguments("vae", tmp_path / "one", "vae.micro_batch=4", steps=6)))
+    finished(torchrun(2, "train_vae.py", *settings, cwd=tmp_path, wrapper=EACH_RANK))
+    assert_follows(rows(tmp_path / "one", "vae"), rows(tmp_path / "two", "vae"), rel=2e-3)
+    ranks = [torch.load(tmp_path / f"rank{r}.pt", weights_only=True) for r in (0, 1)]
+    for one, two in zip(*ranks):
+        assert all(torch.equal(one[k], two[k]) for k in one)
+    assert torch.equal(ranks[1][0]["quantizer.codebook"], weights(tmp_path / "two", "vae")["quantizer.codebook"])
+
+
+@pytest.mark.parametrize("shard", [False, True], ids=["ddp", "fsdp"])
+def test_stage_two_on_two_ranks_follows_the_run_on_one_and_resumes(forker, arguments, tmp_path, shard):
+    finished(forker.run("transformer", *arguments("transformer", tmp_path / "one", steps=6)))
+    more = ["transformer.micro_batch=2", f"transformer.shard={shard}"]
+    finished(torchrun(2, "train_transformer.py", *arguments("transformer", "two", *more, steps=4), "transformer.steps=6",
+                      "transformer.save_every=4", "--force", cwd=tmp_path))
+    (tmp_path / "two" / "transformer_state_000000006.pt").unlink()
+    done = finished(torchrun(2, "train_transformer.py", *arguments("transformer", "two", *more, steps=6), "--resume", cwd=tmp_path))
+    assert "steps 4..6" in done.output
+    assert_follows(rows(tmp_path / "one", "transformer"), rows(tmp_path / "two", "transformer"), rel=1e-3)
+    one, two = (weights(tmp_path / name, "transformer") for name in ("one", "two"))
+    assert max((one[k].float() - two[k].float()).abs().max() for k in one) < 5e-3
+
+
+@pytest.mark.parametrize("stage", SCRIPTS)
+def test_accumulating_two_halves_is_one_step_of_the_whole_batch(forker, arguments, tmp_path, stage):
+    for micro in (0, 4):
+        more = ["vae.disc_weight=0"] if stage == "vae" else []
+        finished(forker.run(stage, *arguments(stage, tmp_path / str(micro), *more, f"{stage}.micro_batch={micro}", steps=4)))
+    assert_follows(rows(tmp_path / "0", stage), rows(tmp_path / "4", stage), rel=2e-3)
+
+
+def test_a_rank_that_dies_ends_all_of_them_soon(arguments, tmp_path):
+    dies = """
+import os, signal, training
+rate = training.learning_rate
+def learning_rate(step, *rest):
+    if step == 5 and training.ranks()[0] == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return rate(step, *rest)
+training.learning_rate = learning_rate
+"""
+    start = time.time()
+    done = torchrun(2, "train_vae.py", *arguments("vae", "run"), cwd=tmp_path, wrapper=dies)
+    assert done.returncode != 0 and time.time() - start < 150
+    assert (tmp_path / "run" / "vae_state_000000004.pt").exists()
+    finished(torchrun(2, "train_vae.py", *arguments("vae", "run", steps=6), "--resume", cwd=tmp_path))
+
+
+def test_a_batch_that_the_ranks_cannot_share_is_refused(arguments, tmp_path, monkeypatch):
+    done = torchrun(2, "train_vae.py", *arguments("vae", "run", "vae.batch_size=7"), cwd=tmp_path)
+    assert done.returncode != 0 and "error: vae.batch_size 7 is no multiple of the 2 processes" in done.output
+    assert done.output.count("error: vae") == 1 and not (tmp_path / "run").exists()
+    monkeypatch.setattr(training, "ranks", lambda: (1, 4))
+    own, count = training.micro_batches("vae", SimpleNamespace(batch_size=24, micro_batch=2))
+    assert own.tolist() == list(range(6, 12)) and count == 3
+    with pytest.raises(UserError, match="micro_batch 4 does not divide 6"):
+        training.micro_batches("vae", SimpleNamespace(batch_size=24, micro_batch=4))
+
+
+def test_a_sharded_model_needs_several_processes(forker, arguments, tmp_path):
+    refused(forker.run("transformer", *arguments("transformer", tmp_path / "run", "transformer.shard=true")), "torchrun")
+
+
+# === Options ========================================================================================================
+@pytest.mark.parametrize("option", ["soft_labels", "stochastic_codes"])
+def test_options_of_the_rq_transformer_train(forker, arguments, tmp_path, option):
+    finished(forker.run("transformer", *arguments("transformer", tmp_path / "plain", steps=2)))
+    finished(forker.run("transformer", *arguments("transformer", tmp_path / "run", f"transformer.{option}=true", steps=2)))
+    assert not (tmp_path / "run" / "codes").exists()
+    plain, other = (rows(tmp_path / name, "transformer") for name in ("plain", "run"))
+    assert plain[0]["loss"] != other[0]["loss"] and float(other[1]["loss"]) == pytest.approx(4.2, abs=0.3)    # ln 64
+
+
+def test_init_starts_from_given_weights(forker, arguments, runs, tmp_path):
+    """A learning rate of next to nothing shows them again."""
+    for stage in SCRIPTS:
+        given = runs / stage / f"{stage}.safetensors"
+        finished(forker.run(stage, *arguments(stage, tmp_path / stage, "--init", given, f"{stage}.lr=1e-12", steps=1)))
+        one, two = load_file(given), weights(tmp_path / stage, stage)
+        assert all(torch.allclose(one[k].float(), two[k].float(), atol=1e-3) for k in one if "quantizer" not in k)
+    refused(forker.run("vae", *arguments("vae", tmp_path / "x", "--init", tmp_path / "nowhere")), "nowhere")
+
+
+def test_tensorboard_gets_what_the_csv_gets(forker, arguments, tmp_path):
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed (requirements-train.txt)")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    finished(forker.run("transformer", *arguments("transformer", tmp_path, "--tensorboard", steps=3)))
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    losses = [(e.step, e.value) for e in events.Scalars("transformer/loss")]
+    assert losses == [(int(r["step"]), pytest.approx(float(r["loss"]))) for r in rows(tmp_path, "transformer")]
+
+
+def test_the_announcement_gives_steps_memory_and_time(forker, arguments, tmp_path):
+    done = finished(forker.run("transformer", *arguments("transformer", tmp_path, "transformer.micro_batch=4", steps=2)))
+    line = next(line for line in done.output.splitlines() if line.startswith("transformer: "))
+    assert re.search(r"2 steps of 8 images, on 1 x cpu float32 in 2 micro-batches of 4; about 0\.\d\d GB each; "
+                     r"[\d.]+ TFLOP and [\d.e-]+ s a step, [\d:]+ in all", line), line
+    log = rows(tmp_path, "transformer")[0]
+    with open(tmp_path / "transformer.csv") as f:
+        assert "tokens_per_s" in f.readline() and 0 < float(log["usage_1"]) <= 1 <= float(log["perplexity_4"]) <= 64
+
+
+def test_a_damaged_last_line_of_the_log_does_not_hinder(resume, runs):
+    with open(resume.out / "vae.csv", "a") as f:
+        f.write("7,0.1")                                      # a full disk, or a machine that lost its power
+    finished(resume("vae"))
+    assert rows(resume.out, "vae") == rows(runs / "vae", "vae")

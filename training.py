@@ -1,0 +1,397 @@
+"""What the two training scripts share: processes, checkpoints, logs.
+
+    torchrun --nproc_per_node=8 train_vae.py imagenet-256 --data DIR
+
+starts a script eight times, once for each GPU ("rank"). The batch is that of the configuration however many ranks there are:
+it is cut into micro-batches, rank r takes its share of them, and DistributedDataParallel averages the gradients. Everything
+random is a function of (seed, step) and position in the batch, so that two ranks follow the run of one.
+"""
+import argparse
+import copy
+import csv
+import importlib.util
+import math
+import os
+import signal
+import sys
+import time
+import zipfile
+from datetime import timedelta
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict, get_optimizer_state_dict,
+                                                     set_model_state_dict, set_optimizer_state_dict)
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+import drr
+import estimate
+from common import add_device_arguments, pick_device
+from drr import UserError, ranks, replacing
+
+
+FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)        # sharded tensors are gathered when they are saved
+
+
+def arguments(doc):
+    """The parser of both training scripts."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("preset", help="a preset of config.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="values that replace the preset's")
+    parser.add_argument("--data", metavar="DIR", help="DIR/train/<class>/*, DIR/val/<class>/*; or a folder of images")
+    parser.add_argument("--out", metavar="DIR", help="where checkpoints, pictures and logs go (runs/PRESET)")
+    parser.add_argument("--init", metavar="FILE", help="start from the weights in this .safetensors of the same architecture")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")
+    parser.add_argument("--force", action="store_true", help="resume even with other settings or other data than before")
+    parser.add_argument("--tensorboard", action="store_true", help="write OUT/tensorboard, too")
+    add_device_arguments(parser)
+    return parser
+
+
+# === Processes ======================================================================================================
+def join_ranks(args):
+    """(device, dtype) of this process, after it has met the others that torchrun started, if it was torchrun."""
+    device, dtype = pick_device(args)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+        # The timeout is for what one rank does while the others wait: pictures, checkpoints, its share of the token cache.
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
+        if dist.get_rank() > 0:
+            sys.stdout = open(os.devnull, "w")                 # one rank talks
+    return device, dtype
+
+
+def micro_batches(name, c):
+    """(own, count): the positions of the step's batch that this rank takes, and in how many micro-batches.
+
+    c: a section with batch_size and micro_batch. Raises UserError where they do not fit the number of ranks. Which rank
+    takes a micro-batch makes no difference; its size does, to a discriminator with BatchNorm.
+    """
+    rank, world = ranks()
+    if c.batch_size % world:
+        raise UserError(f"{name}.batch_size {c.batch_size} is no multiple of the {world} processes; change one of them.")
+    share = c.batch_size // world
+    micro = min(c.micro_batch or share, share)
+    if share % micro:
+        raise UserError(f"{name}.micro_batch {c.micro_batch} does not divide {share}, the share of one process of "
+                        f"{name}.batch_size {c.batch_size}; change one of them.")
+    return np.arange(rank * share, (rank + 1) * share), share // micro
+
+
+def parallel(module, device):
+    """`module`, in DistributedDataParallel where there are several ranks. The codebook, a buffer, is the quantizer's own
+    business."""
+    if ranks()[1] == 1:
+        return module
+    return DistributedDataParallel(module, [device] if device.type == "cuda" else None, broadcast_buffers=False)
+
+
+def shard(transformer, ema):
+    """Spreads the weights of both, the gradients and the optimizer's state over the ranks (FSDP2, ZeRO stage 3), block by
+    block. Returns a function, for all ranks to call together, that gives rank 0 the whole average."""
+    if ranks()[1] == 1:
+        raise UserError("transformer.shard spreads the model over several processes; start with torchrun, or leave it off.")
+    whole = copy.deepcopy(ema)
+    for model in (transformer, ema):
+        for block in (*model.spatial, *model.depthwise):
+            fully_shard(block)
+        fully_shard(model)
+
+    def gather():
+        state = get_model_state_dict(ema, options=FULL)
+        if ranks()[0] == 0:
+            whole.load_state_dict(state)
+        return whole
+    return gather
+
+
+def synchronize_gradients(modules, on):
+    """Whether the next forward and backward passes of these modules average their gradients over the ranks: at the last
+    micro-batch of a step only."""
+    for module in modules:
+        if isinstance(module, DistributedDataParallel):
+            module.require_backward_grad_sync = on             # what its context manager `no_sync` sets
+        elif hasattr(module, "set_requires_gradient_sync"):
+            module.set_requires_gradient_sync(on)              # FSDP2
+
+
+def full(tensor):
+    """A norm over sharded gradients as a plain tensor."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def total(tensor):
+    """The sum of a tensor over all ranks."""
+    if ranks()[1] > 1:
+        dist.all_reduce(tensor := tensor.clone())
+    return tensor
+
+
+def everyones(codes):
+    """codes (P, D) of this rank -> (world * P, D) of all."""
+    world = ranks()[1]
+    if world == 1:
+        return codes
+    parts = [torch.empty_like(codes) for _ in range(world)]
+    dist.all_gather(parts, codes.contiguous())
+    return torch.cat(parts)
+
+
+class Cost(NamedTuple):
+    flops: float        # operations of a step on this rank: matrix products, convolutions, attention; 2 for a multiply-add
+    memory: int         # bytes that weights, gradients, optimizer, averages and activations take on this device
+    seconds: float      # of a step
+    peak: float         # operations per second of plain matrix products on this device
+
+    def mfu(self, steps_per_second):
+        """Model FLOP utilisation: the share of the matrix-product rate that training reaches."""
+        return self.flops * steps_per_second / self.peak
+
+
+def measure(backward, count, parts, device, dtype):
+    """The Cost of a step of `count` micro-batches, from trying one: `backward` runs it and leaves nothing but gradients."""
+    counter, memory = FlopCounterMode(display=False), estimate.Peak()
+    with torch.compiler.set_stance("force_eager"), torch.autograd.set_multithreading_enabled(False), counter, memory:
+        backward()
+    backward()                                                 # compiles, where it is to be compiled
+    estimate.synchronize(device)
+    start = time.perf_counter()
+    backward()
+    estimate.synchronize(device)
+    seconds, state = time.perf_counter() - start, 0
+    for part in filter(None, parts.values()):
+        if isinstance(part, torch.optim.Optimizer):            # two moments of each weight; gradients are in the peak
+            state += 2 * sum(nbytes(p) for group in part.param_groups for p in group["params"])
+            part.zero_grad(set_to_none=True)
+        else:
+            state += sum(nbytes(t) for t in (*part.parameters(), *part.buffers()))
+    return Cost(counter.get_total_flops() * count, state + memory.peak, seconds * count,
+                estimate.matrix_rate(device, dtype, 0.3))
+
+
+def nbytes(tensor):
+    tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor      # of a sharded one, this rank's part
+    return tensor.numel() * tensor.element_size()
+
+
+def announce(name, c, cost, start, count, device, dtype):
+    """Says what the training will take, before it starts."""
+    _, world = ranks()
+    steps = c.steps - start
+    print(f"{name}: {steps} steps of {c.batch_size} images, on {world} x {device.type} {str(dtype)[6:]} in {count} micro-batches of "
+          f"{c.batch_size // world // count}; about {cost.memory / 1e9:.2f} GB each; {cost.flops * world / 1e12:.3g} TFLOP and "
+          f"{cost.seconds:.3g} s a step, {tqdm.format_interval(steps * cost.seconds)} in all, if this speed holds")
+
+
+class StopSignal:
+    """SIGTERM, with which preemptible machines announce their end, makes the loop save and stop after its step."""
+
+    def __init__(self):
+        self.received = False
+        signal.signal(signal.SIGTERM, lambda *_: setattr(self, "received", True))
+
+    def leave(self, step):
+        """Ends the process with the exit status of SIGTERM, all ranks together."""
+        print(f"stopped by SIGTERM after step {step}, which is saved; go on with --resume")
+        if ranks()[1] > 1:
+            dist.barrier()
+        sys.exit(128 + signal.SIGTERM)
+
+
+def on_any_rank(*flags, device):
+    """Each flag: is it set on any rank? All ranks must act alike."""
+    if ranks()[1] == 1:
+        return flags
+    dist.all_reduce(t := torch.tensor(flags, dtype=torch.int32, device=device), dist.ReduceOp.MAX)
+    return tuple(bool(flag) for flag in t)
+
+
+def refuse_infinity(terms, step, advice):
+    """Raises the UserError of a step whose loss or gradient is no finite number, naming which of the `terms` is not."""
+    bad = [name for name, value in terms.items() if not math.isfinite(value)]
+    raise UserError(f"At step {step + 1} {' and '.join(bad) or 'the gradient'} is not finite; the checkpoints written before it "
+                    f"are good: go on with --resume and {advice}, --force, or start again with that.")
+
+
+# === Checkpoints: OUT/STAGE_state_STEP.pt ===========================================================================
+# Keys of the configuration that may change between a run and its continuation; all others decide what is computed.
+HARMLESS = {"steps", "micro_batch", "log_every", "picture_every", "save_every", "keep", "compile", "recompute", "half",
+            "in_memory", "workers", "precision"}
+
+
+class States:
+    """The training states of one stage in a folder: saves, keeps the newest `keep` of them, and finds the one to go on from.
+
+    parts      {name: module, optimizer or None}: what is saved and restored
+    settings   a flat dictionary of all that decides the result (configuration, data, codes): a resumed run must agree
+    sharded    the model, if it went through `shard`; all ranks must then save and load together
+    """
+
+    def __init__(self, out, stage, parts, settings, keep, sharded=None):
+        self.out, self.stage, self.parts, self.settings, self.keep = Path(out), stage, parts, settings, keep
+        self.sharded = sharded
+        self.stale = self.files()                              # until `load`: those of an earlier run in this folder
+        for half_written in self.out.glob(f".*.{stage}*") if ranks()[0] == 0 else ():
+            half_written.unlink(missing_ok=True)               # by a run that was killed
+
+    def files(self):
+        """The states in the folder, oldest first."""
+        return sorted(self.out.glob(f"{self.stage}_state_*.pt"))
+
+    def state(self, name):
+        part = self.parts[name]
+        if not self.sharded:
+            return part.state_dict()
+        return get_optimizer_state_dict(self.sharded, part, options=FULL) if name == "opt" else get_model_state_dict(part, options=FULL)
+
+    def save(self, step):
+        """Writes the state, on rank 0, and removes the oldest. Raises UserError when the disk is full; nothing is lost."""
+        path = self.out / f"{self.stage}_state_{step:09d}.pt"
+        states = {name: self.state(name) for name, part in self.parts.items() if part is not None}
+        if ranks()[0] > 0:
+            return
+        with replacing(path) as temporary:
+            torch.save({"step": step, "settings": self.settings, **states}, temporary)
+        for old in self.stale + [f for f in self.files() if f not in self.stale][:-self.keep]:
+            if old != path:
+                old.unlink(missing_ok=True)
+        self.stale = []
+
+    def load(self, force=False):
+        """Restores the newest state that is whole and returns its step. A damaged one is moved aside with a warning.
+
+        Optimizers keep the settings (learning rate, ...) that they have now. Raises UserError where there is no state, no
+        whole one, or where it belongs to another model, other settings or other data (unless `force`)."""
+        if not self.stale:
+            raise UserError(f"There is nothing to resume: {self.out}/{self.stage}_state_*.pt does not exist; start without "
+                            "--resume.")
+        rank, world = ranks()
+        newest = [self.newest_whole() if rank == 0 else None]
+        if world > 1:
+            dist.broadcast_object_list(newest)
+        path, problem = newest[0]
+        if path is None:
+            raise UserError(f"No training state in {self.out} is whole ({problem}); start without --resume.")
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        present = {name for name, part in self.parts.items() if part is not None}
+        missing = [name for name in ("step", "settings", *sorted(present)) if name not in state]
+        if missing:
+            raise UserError(f"{path} lacks {', '.join(missing)}, which this run needs to go on; start without --resume.")
+        self.compare(path, state["settings"], force)
+        for name in present:
+            self.restore(name, state[name], path)
+        self.stale = []
+        return state["step"]
+
+    def newest_whole(self):
+        problem = ""
+        for path in reversed(self.files()):
+            try:
+                # torch does not look at the checksums of its own format, a zip file
+                with zipfile.ZipFile(path) as file:
+                    broken = file.testzip()
+                if broken:
+                    raise ValueError(f"{broken} does not have its checksum")
+                torch.load(path, map_location="cpu", weights_only=True, mmap=True)["step"]
+                return str(path), problem
+            except Exception as error:               # truncated, a flipped byte, no torch file, a pickle with code in it
+                problem = f"{path.name}: {type(error).__name__}: {' '.join(str(error).split())[:100]}"
+                print(f"WARNING: {path} is damaged ({problem}); it is now called {path.name}.damaged, and the state before it "
+                      "is taken", file=sys.stderr)
+                path.rename(path.with_name(path.name + ".damaged"))
+        return None, problem
+
+    def compare(self, path, before, force):
+        names = sorted(before.keys() | self.settings.keys())
+        changed = [name for name in names if before.get(name) != self.settings.get(name)]
+        listed = lambda names: ", ".join(f"{n} (was {before.get(n)}, is {self.settings.get(n)})" for n in names)
+        serious = [name for name in changed if name.rpartition(".")[2] not in HARMLESS]
+        if serious and not force:
+            raise UserError(f"{path} belongs to a run with other settings: {listed(serious)}; go on with the old values, add "
+                            "--force to go on with the new ones, or start without --resume.")
+        if changed:
+            print(f"resuming with other settings than before: {listed(changed)}")
+
+    def restore(self, name, state, path):
+        part = self.parts[name]
+        now = [{k: v for k, v in group.items() if k != "params"} for group in getattr(part, "param_groups", [])]
+        try:
+            if self.sharded and name == "opt":
+                set_optimizer_state_dict(self.sharded, part, state, options=FULL)
+            elif self.sharded:
+                set_model_state_dict(part, state, options=FULL)
+            else:
+                drr.fill(part, state, path)
+            for group, values in zip(getattr(part, "param_groups", []), now):
+                group.update(values)
+        except (ValueError, KeyError) as error:      # an optimizer of another model
+            raise UserError(f"{path} does not fit this model ({error}); start without --resume.") from None
+
+
+def settings_of(config, sections, precision, **others):
+    """A flat dictionary {"vae.lr": ..., ...} of these sections, the precision, and others, for `States`."""
+    flat = {f"{s}.{k}": v for s in sections for k, v in vars(getattr(config, s)).items()}
+    return {**flat, "precision": precision, **others}
+
+
+# === Logs ===========================================================================================================
+class Log:
+    """Appends rows to OUT/STAGE.csv, and to TensorBoard's files if asked; a resumed run drops the rows of the steps that it
+    will do again."""
+
+    def __init__(self, out, stage, start, tensorboard=False):
+        self.path, self.fields, self.board = Path(out) / f"{stage}.csv", None, None
+        rank, _ = ranks()
+        if rank == 0 and tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                raise UserError("--tensorboard needs a package that is not here; pip install -r requirements-train.txt.") from None
+            self.board, self.stage = SummaryWriter(Path(out) / "tensorboard", purge_step=start), stage
+        if rank > 0:
+            self.path = Path(os.devnull)
+        elif start and self.path.exists():
+            with open(self.path, newline="") as f:
+                reader = csv.DictReader(f)
+                rows = [row for row in reader if None not in row.values() and int(row["step"]) <= start]
+            self.fields = list(reader.fieldnames or [])
+            with replacing(self.path) as temporary, open(temporary, "w", newline="") as f:
+                writer = csv.DictWriter(f, self.fields)
+                writer.writeheader()
+                writer.writerows(rows)
+        else:
+            self.path.unlink(missing_ok=True)
+
+    def write(self, row):
+        """row: {column: value}; "" where there is none. The first row of a file decides its columns."""
+        new = not self.fields
+        self.fields = self.fields or list(row)
+        with open(self.path, "a", newline="") as f:
+            writer = csv.DictWriter(f, self.fields, restval="", extrasaction="ignore")
+            if new:
+                writer.writeheader()
+            writer.writerow(row)
+        for name, value in row.items():
+            if self.board and value != "" and name != "step":
+                self.board.add_scalar(f"{self.stage}/{name}", value, row["step"])
+
+    def draw(self):
+        """OUT/plots.png from the CSVs, on rank 0, where matplotlib is installed."""
+        if ranks()[0] == 0 and importlib.util.find_spec("matplotlib"):
+            import plots
+            plots.draw(self.path.parent)
+
+
+def learning_rate(step, c, decay=True):
+    """Linear warm-up to c.lr, then the cosine to 0 (or constant)."""
+    if step < c.warmup:
+        return c.lr * (step + 1) / c.warmup
+    return c.lr * (0.5 + 0.5 * math.cos(math.pi * (step - c.warmup) / max(1, c.steps - c.warmup))) if decay else c.lr
