@@ -5,6 +5,7 @@ import difflib
 import io
 import math
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -25,8 +26,8 @@ BUNDLED = HERE / "checkpoints" / "tiny-imagenet-32"
 CHOICES = {"vae.loss": ("mse", "l1"), "vae.perceptual": ("lpips", "efficientnet"),
            "transformer.cond": ("class", "none", "text")}
 MAY_BE_0 = {"seed", "workers", "balance", "commitment_weight", "perceptual_weight", "disc_weight", "disc_start",
-            "quantize_start", "disc_layers", "warmup", "micro_batch", "betas", "grad_clip", "cond_dropout", "weight_decay", "weights_ema", "ema_decay",
-            "rounds", "top_k", "draft_guidance", "revise_guidance"}
+            "quantize_start", "disc_layers", "warmup", "micro_batch", "betas", "grad_clip",
+            "cond_dropout", "weight_decay", "weights_ema", "ema_decay", "rounds", "top_k", "draft_guidance", "revise_guidance"}
 AT_MOST = {"vae.codebook_size": 65536, "vae.ema_decay": 1, "transformer.weights_ema": 1, "transformer.cond_dropout": 1,
            "data.balance": 1, "sample.top_p": 1}
 
@@ -133,8 +134,9 @@ def run(main):
 
 
 def fail(message):
-    if int(os.environ.get("RANK", 0)) > 0:   # torchrun ends the others when one process has: a mistake that all see is said once
-        time.sleep(3)
+    if int(os.environ.get("RANK", 0)) > 0:       # what all processes see is said once: torchrun ends those that wait here
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(10)
     print(f"error: {message}", file=sys.stderr)
     return 2
 

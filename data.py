@@ -107,7 +107,7 @@ class Views(torch.utils.data.Dataset):
     Item t is the batch of step t: uint8 images (B, 3, S, S), labels (B,), and how many files could not be read.
     """
 
-    def __init__(self, files, labels, classes, size, batch_size, c, own=None):
+    def __init__(self, files, labels, classes, size, batch_size, c):
         self.size, self.batch_size = size, batch_size
         self.favour = np.ones(labels.max() + 1)                               # of each class
         if c.favour != 1 and not c.favour_class:
@@ -266,7 +266,3 @@ def encode(vae, images, dtype):
     """Codes (B, N, D) of images in [-1, 1], the convolutions in `dtype`."""
     with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
         return vae.encode(images)
-
-
-def fingerprint(files):
-    return hashlib.sha256(json.dumps([[f"{p.parent.name}/{p.name}", os.path.getsize(p)] for p in files]).encode()).hexdigest()[:16]

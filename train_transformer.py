@@ -147,7 +147,8 @@ def main():
         stopping, broken = training.on_any_rank(stop.received, not torch.isfinite(norm + result.sum()), device=device)
         if broken:
             loss = training.total(result)[0].tolist()
-            training.refuse_infinity({f"the loss of depth {d + 1}": v for d, v in enumerate(loss)}, step, "a lower transformer.lr")
+            terms = {f"the loss of depth {d + 1}": v for d, v in enumerate(loss)}
+            training.refuse_infinity(terms, step, "a lower transformer.lr")
         opt.step()
         opt.zero_grad(set_to_none=True)
         decay = min(c.weights_ema, (1 + step) / (10 + step))   # a short memory at first, so that the start is forgotten
@@ -162,15 +163,17 @@ def main():
         if look or step % c.log_every == 0:
             rate, clock, seen = seen / (time.time() - clock), time.time(), 0
             loss, accuracy = training.total(result).tolist()
-            usage, perplexity = (v.tolist() for v in drr.codebook_usage(training.everyones(codes.flatten(0, 1)), config.vae.codebook_size))
+            everyones = training.everyones(codes.flatten(0, 1))
+            usage, perplexity = (v.tolist() for v in drr.codebook_usage(everyones, config.vae.codebook_size))
+            by_depth = {"loss": loss, "accuracy": accuracy, "usage": usage, "perplexity": perplexity}
             row = {"step": step, "loss": sum(loss) / D, "grad_norm": norm.item(), "lr": opt.param_groups[0]["lr"],
                    "images_per_s": rate, "tokens_per_s": rate * N * D, "mfu": cost.mfu(rate / c.batch_size), "val_loss": "",
-                   **{f"loss_{d + 1}": v for d, v in enumerate(loss)}, **{f"accuracy_{d + 1}": v for d, v in enumerate(accuracy)},
-                   **{f"usage_{d + 1}": v for d, v in enumerate(usage)}, **{f"perplexity_{d + 1}": v for d, v in enumerate(perplexity)}}
+                   **{f"{name}_{d + 1}": v for name, values in by_depth.items() for d, v in enumerate(values)}}
             if look and rank == 0:
                 if val is not None:
                     noise = training_noise(config.data.seed, 0, len(val), N, D)[0]                     # always the same
-                    row["val_loss"] = validation_loss(result_ema, val, drr.random_mask(noise).to(device), to_cond(val_labels), dtype)
+                    mask = drr.random_mask(noise).to(device)
+                    row["val_loss"] = validation_loss(result_ema, val, mask, to_cond(val_labels), dtype)
                 save_picture(sample_grid(vae, result_ema, n, config, device, dtype), out / f"samples_{step:06d}.png")
                 clock = time.time()
             log.write(row)

@@ -182,7 +182,6 @@ def main():
     training.synchronize_gradients((forward, hinge_loss), False)
     cost = training.measure(lambda: backward(grey, True, disc is not None), count, parts, device, dtype)
     training.announce("vae", c, cost, start, count, device, dtype)
-    out.mkdir(parents=True, exist_ok=True)
     log = training.Log(out, "vae", start, args.tensorboard)
     print(f"{sum(p.numel() for p in vae.parameters()) / 1e6:.1f}M parameters, {len(views)} views of {len(files)} files, "
           f"{world} x {device} {str(dtype)[6:]}, steps {start}..{c.steps} -> {out}")
@@ -227,7 +226,8 @@ def main():
             usage, perplexity = (v.tolist() for v in drr.codebook_usage(training.everyones(codes), c.codebook_size))
             row = {"step": step, **dict(zip(TERMS, (training.total(terms) / world).tolist())),
                    "grad_norm": norm.item(), "lr": opt.param_groups[0]["lr"], "images_per_s": rate,
-                   "mfu": cost.mfu(rate / c.batch_size), "unreadable": int(training.total(torch.tensor(unreadable, device=device))),
+                   "mfu": cost.mfu(rate / c.batch_size),
+                   "unreadable": training.total(torch.tensor(unreadable, device=device)).item(),
                    **{f"usage_{d + 1}": v for d, v in enumerate(usage)},
                    **{f"perplexity_{d + 1}": v for d, v in enumerate(perplexity)}, "val_psnr": ""}
             if look and rank == 0:
@@ -239,11 +239,12 @@ def main():
                 clock = time.time()
             log.write(row)
             bar.set_postfix_str(f"loss {row['loss']:.4f} {rate:.0f} img/s")
-            balance = f"disc {row['disc']:.3f} ({row['logits_real']:+.2f} {row['logits_fake']:+.2f}) " if adversarial else ""
-            tqdm.write(f"step {step} loss {row['loss']:.4f} {c.loss} {row['reconstruction']:.4f} commit {row['commitment']:.4f} "
-                       f"{balance}grad {row['grad_norm']:.3f} usage {' '.join(f'{u:.2f}' for u in usage)} "
-                       f"perplexity {' '.join(f'{p:.0f}' for p in perplexity)} {rate:.0f} img/s MFU {row['mfu']:.0%}"
-                       + (f" psnr {row['val_psnr']:.2f} dB" if row["val_psnr"] != "" else ""))
+            balance = f"disc {row['disc']:.3f} ({row['logits_real']:+.2f} {row['logits_fake']:+.2f})" if adversarial else ""
+            tqdm.write(" ".join(filter(None, (
+                f"step {step} loss {row['loss']:.4f} {c.loss} {row['reconstruction']:.4f} commit {row['commitment']:.4f}",
+                f"usage {' '.join(f'{u:.2f}' for u in usage)} perplexity {' '.join(f'{p:.0f}' for p in perplexity)}",
+                balance, f"grad {row['grad_norm']:.3f} {rate:.0f} img/s MFU {row['mfu']:.0%}",
+                f"psnr {row['val_psnr']:.2f} dB" if row["val_psnr"] != "" else ""))))
         if step % c.save_every == 0 or last or stopping:
             if rank == 0:
                 drr.save_vae(out / "vae.safetensors", vae, config)

@@ -46,7 +46,7 @@ def arguments(doc):
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="values that replace the preset's")
     parser.add_argument("--data", metavar="DIR", help="DIR/train/<class>/*, DIR/val/<class>/*; or a folder of images")
     parser.add_argument("--out", metavar="DIR", help="where checkpoints, pictures and logs go (runs/PRESET)")
-    parser.add_argument("--init", metavar="FILE", help="start from the weights in this .safetensors of the same architecture")
+    parser.add_argument("--init", metavar="FILE", help="start from the weights in this .safetensors")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")
     parser.add_argument("--force", action="store_true", help="resume even with other settings or other data than before")
     parser.add_argument("--tensorboard", action="store_true", help="write OUT/tensorboard, too")
@@ -186,9 +186,9 @@ def announce(name, c, cost, start, count, device, dtype):
     """Says what the training will take, before it starts."""
     _, world = ranks()
     steps = c.steps - start
-    print(f"{name}: {steps} steps of {c.batch_size} images, on {world} x {device.type} {str(dtype)[6:]} in {count} micro-batches of "
-          f"{c.batch_size // world // count}; about {cost.memory / 1e9:.2f} GB each; {cost.flops * world / 1e12:.3g} TFLOP and "
-          f"{cost.seconds:.3g} s a step, {tqdm.format_interval(steps * cost.seconds)} in all, if this speed holds")
+    print(f"{name}: {steps} steps of {c.batch_size} images, on {world} x {device.type} {str(dtype)[6:]} in {count} "
+          f"micro-batches of {c.batch_size // world // count}; about {cost.memory / 1e9:.2f} GB each; "
+          f"{cost.flops * world / 1e12:.3g} TFLOP and {cost.seconds:.3g} s a step, {tqdm.format_interval(steps * cost.seconds)} in all, if this speed holds")
 
 
 class StopSignal:
@@ -217,8 +217,8 @@ def on_any_rank(*flags, device):
 def refuse_infinity(terms, step, advice):
     """Raises the UserError of a step whose loss or gradient is no finite number, naming which of the `terms` is not."""
     bad = [name for name, value in terms.items() if not math.isfinite(value)]
-    raise UserError(f"At step {step + 1} {' and '.join(bad) or 'the gradient'} is not finite; the checkpoints written before it "
-                    f"are good: go on with --resume and {advice}, --force, or start again with that.")
+    raise UserError(f"At step {step + 1} {' and '.join(bad) or 'the gradient'} is not finite; the checkpoints written "
+                    f"before it are good: go on with --resume and {advice}, --force, or start again with that.")
 
 
 # === Checkpoints: OUT/STAGE_state_STEP.pt ===========================================================================
@@ -250,7 +250,9 @@ class States:
         part = self.parts[name]
         if not self.sharded:
             return part.state_dict()
-        return get_optimizer_state_dict(self.sharded, part, options=FULL) if name == "opt" else get_model_state_dict(part, options=FULL)
+        if name == "opt":
+            return get_optimizer_state_dict(self.sharded, part, options=FULL)
+        return get_model_state_dict(part, options=FULL)
 
     def save(self, step):
         """Writes the state, on rank 0, and removes the oldest. Raises UserError when the disk is full; nothing is lost."""
@@ -281,8 +283,8 @@ class States:
         if path is None:
             raise UserError(f"No training state in {self.out} is whole ({problem}); start without --resume.")
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        present = {name for name, part in self.parts.items() if part is not None}
-        missing = [name for name in ("step", "settings", *sorted(present)) if name not in state]
+        present = [name for name, part in self.parts.items() if part is not None]
+        missing = [name for name in ("step", "settings", *present) if name not in state]
         if missing:
             raise UserError(f"{path} lacks {', '.join(missing)}, which this run needs to go on; start without --resume.")
         self.compare(path, state["settings"], force)
@@ -304,8 +306,8 @@ class States:
                 return str(path), problem
             except Exception as error:               # truncated, a flipped byte, no torch file, a pickle with code in it
                 problem = f"{path.name}: {type(error).__name__}: {' '.join(str(error).split())[:100]}"
-                print(f"WARNING: {path} is damaged ({problem}); it is now called {path.name}.damaged, and the state before it "
-                      "is taken", file=sys.stderr)
+                print(f"WARNING: {path} is damaged ({problem}); it is now called {path.name}.damaged, and the state before "
+                      "it is taken", file=sys.stderr)
                 path.rename(path.with_name(path.name + ".damaged"))
         return None, problem
 
@@ -315,8 +317,8 @@ class States:
         listed = lambda names: ", ".join(f"{n} (was {before.get(n)}, is {self.settings.get(n)})" for n in names)
         serious = [name for name in changed if name.rpartition(".")[2] not in HARMLESS]
         if serious and not force:
-            raise UserError(f"{path} belongs to a run with other settings: {listed(serious)}; go on with the old values, add "
-                            "--force to go on with the new ones, or start without --resume.")
+            raise UserError(f"{path} belongs to a run with other settings: {listed(serious)}; go on with the old values, "
+                            "add --force to go on with the new ones, or start without --resume.")
         if changed:
             print(f"resuming with other settings than before: {listed(changed)}")
 
@@ -354,11 +356,15 @@ class Log:
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError:
-                raise UserError("--tensorboard needs a package that is not here; pip install -r requirements-train.txt.") from None
+                raise UserError("--tensorboard needs a package that is not here; "
+                                "pip install -r requirements-train.txt.") from None
             self.board, self.stage = SummaryWriter(Path(out) / "tensorboard", purge_step=start), stage
         if rank > 0:
             self.path = Path(os.devnull)
-        elif start and self.path.exists():
+        elif not start:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.unlink(missing_ok=True)
+        elif self.path.exists():
             with open(self.path, newline="") as f:
                 reader = csv.DictReader(f)
                 rows = [row for row in reader if None not in row.values() and int(row["step"]) <= start]
@@ -367,8 +373,6 @@ class Log:
                 writer = csv.DictWriter(f, self.fields)
                 writer.writeheader()
                 writer.writerows(rows)
-        else:
-            self.path.unlink(missing_ok=True)
 
     def write(self, row):
         """row: {column: value}; "" where there is none. The first row of a file decides its columns."""
