@@ -25,6 +25,7 @@ import drr
 from drr import UserError
 
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
+BLOCK = 256                 # files decoded together
 
 
 # === Finding: DIR -> files, labels, classes =========================================================================
@@ -318,9 +319,9 @@ class Views(torch.utils.data.Dataset):
 
         bar = tqdm(total=len(starts), desc=doing, unit="file", disable=drr.ranks()[0] > 0)
         with ThreadPoolExecutor(max(1, self.workers)) as pool, bar:
-            ahead = pool.map(read, starts[:256])
-            for i in range(0, len(starts), 256):
-                block, ahead = list(ahead), pool.map(read, starts[i + 256:i + 512])
+            ahead = pool.map(read, starts[:BLOCK])
+            for i in range(0, len(starts), BLOCK):
+                block, ahead = list(ahead), pool.map(read, starts[i + BLOCK:i + 2 * BLOCK])
                 views, images, bad = zip(*block)
                 yield np.concatenate(views), torch.cat(images), np.array(sum(bad, []), int)
                 bar.update(len(block))
