@@ -1,60 +1,216 @@
-"""Folders of images -> batches: every batch of every step is a function of (seed, step) alone.
+"""Folders or tar shards of images -> batches: every batch of every step is a function of (seed, step) alone.
 
 A *view* is one square crop of one file: view 0 is the central square, the others are random crops at random scales,
 the same in every run. A data set is a fixed list of views, so that a picture in memory, one decoded by a worker and
 one whose codes were computed last week are the same picture.
 """
 import contextlib
+import functools
 import hashlib
+import io
 import json
 import os
+import tarfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+import torch.distributed as dist
+from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
 import drr
 from drr import UserError
 
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
+BLOCK = 256                 # files decoded together
 
 
 # === Finding: DIR -> files, labels, classes =========================================================================
-def find_images(directory, split="train"):
-    """Images of DIR/split/<class>/* (of DIR/<class>/* or DIR/* when there is no DIR/train).
+class Member(NamedTuple):
+    """A picture within a tar shard; with what `Path` offers of a picture in a folder."""
+    parent: Path                                             # the shard
+    name: str
+    offset: int
+    size: int
 
-    Returns sorted files, their labels (int64) and the class names; without class folders one class, named "".
-    Raises UserError when there are none.
+    def __str__(self):
+        return f"{self.parent}: {self.name}"
+
+    def open(self):
+        """The picture's bytes as a file. Each call opens the shard anew: nothing is shared by threads and processes."""
+        with open(self.parent, "rb", buffering=0) as f:
+            f.seek(self.offset)
+            return io.BytesIO(f.read(self.size))
+
+
+class Files:
+    """Pictures in folders (item i is a Path) or in tar shards (item i is a Member), kept in a few arrays: a million
+    Paths are 400 MB, and again in every worker process, since counting references to them writes to their pages."""
+
+    def __init__(self, folders, counts, names, offsets=None, sizes=None):
+        self.folders = folders                               # or shards; `counts` is how many pictures each holds
+        self.folder = np.repeat(np.arange(len(folders), dtype=np.int32), counts)
+        self.names, self.offsets = names, offsets            # names: bytes of a fixed width; offsets: within the shards
+        if sizes is not None:
+            self.sizes = sizes
+
+    def __len__(self):
+        return len(self.names)
+
+    def __getitem__(self, i):
+        parent, name = Path(self.folders[self.folder[i]]), os.fsdecode(self.names[i])
+        return parent / name if self.offsets is None else Member(parent, name, int(self.offsets[i]), int(self.sizes[i]))
+
+    @functools.cached_property
+    def sizes(self):
+        """Bytes of each picture; asked for when first needed, in threads, because a network disk answers slowly."""
+        def ask(start):
+            names = zip(self.folder[start:start + 1024], self.names[start:start + 1024])
+            return [os.path.getsize(os.path.join(self.folders[folder], os.fsdecode(name))) for folder, name in names]
+        with ThreadPoolExecutor() as pool:
+            return np.concatenate([np.array(part, np.int64) for part in pool.map(ask, range(0, len(self), 1024))])
+
+
+def fingerprint(files):
+    """A short hash of the names of the pictures, the names of their folders or shards, and their sizes: the same files
+    in another place have the same one, other files have another."""
+    digest = hashlib.sha256(json.dumps([Path(folder).name for folder in files.folders]).encode())
+    for array in (files.folder, files.names, files.sizes):
+        digest.update(array.tobytes())
+    return digest.hexdigest()[:16]
+
+
+def find_images(directory, split="train", index=None):
+    """Images of DIR/split/<class>/* or of the tar shards DIR/split/*.tar (of DIR when there is no DIR/train).
+
+    Returns the files in a fixed order, their labels (int64) and the class names; without class folders one class, "".
+    `index` is a folder to note what the shards hold for the next time. Raises UserError when there are no images.
     """
     root = Path(directory)
     if not root.is_dir():
         raise UserError(f"The data folder {directory} does not exist; give --data a folder of images.")
     if (root / "train").is_dir() or split != "train":
         root = root / split
-    files = sorted(p for p in root.rglob("*") if p.suffix.lower() in EXTENSIONS and p.name[0] != "." and p.is_file())
-    if not files:
-        raise UserError(f"{root} holds no images; expected DIR/train/<class>/*.jpg or a folder of images "
-                        f"({', '.join(sorted(EXTENSIONS))}).")
-    folders = [p.relative_to(root).parts[0] if len(p.relative_to(root).parts) > 1 else "" for p in files]
-    classes = sorted(set(folders))
+    shards, folders = sorted(root.glob("*.tar")), list(picture_folders(root))
+    if shards and folders:
+        raise UserError(f"{root} holds both tar shards and images ({folders[0][0]}); leave only one kind there.")
+    if shards:
+        return open_shards(shards, directory, index)
+    if not folders:
+        raise UserError(f"{root} holds no images; expected DIR/train/<class>/*.jpg, a folder of images "
+                        f"({', '.join(sorted(EXTENSIONS))}) or tar shards DIR/train/*.tar.")
+    paths, names = zip(*folders)
+    class_of = [Path(path).relative_to(root).parts[:1] for path in paths]
+    class_of = [parts[0] if parts else "" for parts in class_of]
+    classes = sorted(set(class_of))
     if len(classes) > 1 and classes[0] == "":
-        raise UserError(f"{files[folders.index('')]} lies beside the class folders; move it into one of them or away.")
-    index = {name: i for i, name in enumerate(classes)}
-    return files, np.array([index[f] for f in folders]), classes
+        raise UserError(f"{os.path.join(paths[0], os.fsdecode(names[0][0]))} lies beside the class folders; "
+                        "move it into one of them or away.")
+    number, counts = {name: i for i, name in enumerate(classes)}, [len(n) for n in names]
+    labels = np.repeat([number[name] for name in class_of], counts)
+    return Files(paths, counts, np.concatenate(names)), labels, classes
+
+
+def picture_folders(folder):
+    """(path, names of its images as an array of bytes) of the folder and those below it, each sorted."""
+    entries = sorted(os.scandir(folder), key=lambda entry: entry.name) if os.path.isdir(folder) else []
+    names = [os.fsencode(entry.name) for entry in entries if entry.name[0] != "."
+             and os.path.splitext(entry.name)[1].lower() in EXTENSIONS and entry.is_file()]
+    if names:
+        yield os.fspath(folder), np.array(names)
+    for entry in entries:
+        if entry.is_dir(follow_symlinks=False):
+            yield from picture_folders(entry.path)
+
+
+def open_shards(shards, directory, index):
+    """Files, labels and classes of tar shards in the format of WebDataset. The classes' names are the wnids
+    of classes.tsv in their order, or else "0", "1", ..."""
+    # Each rank starts elsewhere, and takes over what the others have already written to `index`.
+    rank, world = drr.ranks()
+    start = rank * len(shards) // world
+    order = shards[start:] + shards[:start]
+    with ThreadPoolExecutor() as pool:
+        held = pool.map(lambda shard: shard_index(shard, index), order)
+        held = dict(zip(order, tqdm(held, "indexing shards", len(order), unit="shard", disable=rank > 0)))
+    columns = {key: np.concatenate([held[shard][key] for shard in shards]) for key in held[shards[0]]}
+    labels = columns.pop("labels")
+    if not len(labels):
+        raise UserError(f"The {len(shards)} tar shards of {shards[0].parent} hold no images.")
+    classes = [wnid for wnid, _ in class_table(directory)] or [str(i) for i in range(labels.max() + 1)]
+    if labels.max() >= len(classes):
+        raise UserError(f"The shards of {shards[0].parent} name class {labels.max()}, but {directory}/classes.tsv has "
+                        f"{len(classes)} lines, for the classes 0 to {len(classes) - 1}; add the others.")
+    return Files([str(shard) for shard in shards], [len(held[s]["names"]) for s in shards], **columns), labels, classes
+
+
+def shard_index(path, folder):
+    """`read_shard`, kept in `folder` (None: nowhere) for as long as the shard has its name, size and time."""
+    stat = path.stat()
+    kept = Path(folder or "") / f"{path.parent.name}-{path.name}-{stat.st_size}-{stat.st_mtime_ns}.npz"
+    if folder and kept.exists():
+        with np.load(kept) as arrays:
+            return dict(arrays)
+    arrays = read_shard(path)
+    if folder:
+        with drr.replacing(kept) as temporary, open(temporary, "wb") as f:
+            np.savez(f, **arrays)
+    return arrays
+
+
+def read_shard(path):
+    """Names, offsets, sizes and labels of a tar shard's pictures KEY.jpg (.png, .webp, ...); the label is the number in
+    KEY.cls, or "label" in KEY.json. Raises UserError for a damaged shard or a missing label."""
+    # Python's own tarfile and not the webdataset package: that reads shards only from the start to the end (1.0.2), and
+    # where a batch is a function of (seed, step), a resumed run needs any picture at any time.
+    samples, rows = {}, []
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                folder, _, name = member.name.rpartition("/")
+                key, _, suffix = name.partition(".")
+                sample, suffix = samples.setdefault((folder, key), {}), suffix.lower()
+                if member.isfile() and "." + suffix in EXTENSIONS and key:
+                    sample["picture"] = os.fsencode(name), member.offset_data, member.size
+                elif member.isfile() and suffix in ("cls", "json"):
+                    sample[suffix] = tar.extractfile(member).read()
+            tar.fileobj.seek(tar.offset)
+            if tar.fileobj.read(tarfile.BLOCKSIZE).strip(b"\0"):        # tarfile takes a damaged header for the end
+                raise tarfile.ReadError(f"no header at byte {tar.offset}")
+    except tarfile.TarError as error:
+        raise UserError(f"The shard {path} is damaged ({error}); copy it again or move it away.") from None
+    for sample in samples.values():
+        if "picture" in sample:
+            try:
+                label = int(sample["cls"] if "cls" in sample else json.loads(sample["json"])["label"])
+                if label < 0:
+                    raise ValueError
+            except (KeyError, ValueError, TypeError):
+                raise UserError(f"The shard {path} names no class for {os.fsdecode(sample['picture'][0])}; expected a "
+                                "number from 0 on in a .cls file of that name, or as \"label\" in .json.") from None
+            rows.append((*sample["picture"], label))
+    names, offsets, sizes, labels = zip(*rows) if rows else ([], [], [], [])
+    return {"names": np.array(names, bytes), "offsets": np.array(offsets, np.int64), "sizes": np.array(sizes, np.int64),
+            "labels": np.array(labels, np.int64)}
+
+
+def class_table(directory):
+    """[(wnid, name)] of DIR/classes.tsv, in its order; [] without that file."""
+    path = Path(directory) / "classes.tsv"
+    if not path.exists():
+        return []
+    header, *rows = [line.split("\t") for line in path.read_text().splitlines() if line]
+    if not {"wnid", "name"} <= set(header):
+        raise UserError(f"{path} has the columns {header}; expected `wnid` and `name`, separated by tabs.")
+    return [(row[header.index("wnid")], row[header.index("name")]) for row in rows]
 
 
 def class_titles(directory, classes):
     """Names for people: those of DIR/classes.tsv (columns `wnid` and `name`) where it has them, else the folder's."""
-    path = Path(directory) / "classes.tsv"
-    titles = {}
-    if path.exists():
-        header, *rows = [line.split("\t") for line in path.read_text().splitlines() if line]
-        if not {"wnid", "name"} <= set(header):
-            raise UserError(f"{path} has the columns {header}; expected `wnid` and `name`, separated by tabs.")
-        titles = {row[header.index("wnid")]: row[header.index("name")] for row in rows}
+    titles = dict(class_table(directory))
     return [titles.get(name, name) for name in classes]
 
 
@@ -70,9 +226,9 @@ def crop_box(width, height, view, seed):
 
 
 def open_image(path, background="white"):
-    """An RGB picture, where it is transparent on `background`. Raises UserError when the file is no image."""
+    """The RGB picture of a path or a Member, where it is transparent on `background`. Raises UserError for no image."""
     try:
-        with Image.open(path) as picture:
+        with Image.open(path.open() if isinstance(path, Member) else path) as picture:
             if picture.width * picture.height > Image.MAX_IMAGE_PIXELS:
                 raise ValueError(f"{picture.width} x {picture.height} pixels are too many")
             picture = ImageOps.exif_transpose(picture)
@@ -84,6 +240,8 @@ def open_image(path, background="white"):
             return picture.convert("RGB")
     except FileNotFoundError:
         raise UserError(f"The picture {path} does not exist.") from None
+    except UnidentifiedImageError:
+        raise UserError(f"{path} is no image, or damaged from its first bytes on.") from None
     except Exception as error:                               # Pillow raises nearly anything for a damaged file
         raise UserError(f"{path} cannot be read as an image ({error}).") from None
 
@@ -104,12 +262,13 @@ def file_seed(path, seed):
 class Views(torch.utils.data.Dataset):
     """The views of a data set and the probability with which each is drawn. `c` is the section `data`.
 
-    Item t is the batch of step t: uint8 images (B, 3, S, S), labels (B,), and how many files could not be read.
+    Item t is the batch of step t: uint8 images (B, 3, S, S), labels (B,), and how many of them stand in for a file that
+    could not be read. A process that is one of several has only the positions `own` of the batch, all by default.
     """
 
     def __init__(self, files, labels, classes, size, batch_size, c):
-        self.size, self.batch_size = size, batch_size
-        self.favour = np.ones(labels.max() + 1)                               # of each class
+        self.files, self.size, self.batch_size, self.own = files, size, batch_size, np.arange(batch_size)
+        self.favour = np.ones(len(classes))                                   # of each class
         if c.favour != 1 and not c.favour_class:
             raise UserError(f"data.favour is {c.favour}, but of which class? Give data.favour_class its folder.")
         if c.favour_class:
@@ -120,58 +279,71 @@ class Views(torch.utils.data.Dataset):
         per_class = np.bincount(labels)                                       # n_c, files of each class
         count = np.maximum(c.views, np.ceil(c.class_views / np.maximum(per_class, 1))).astype(int)[labels]
         self.images = None
-        self.keep(np.repeat(np.array(files, object), count), np.repeat(labels, count),
-                  np.concatenate([np.arange(n) for n in count]))
+        # One entry per view: which of the files, in ascending order, the class, and the number of the crop.
+        self.file = np.repeat(np.arange(len(files), dtype=np.int32), count)
+        self.labels = np.repeat(labels, count)
+        self.view = (np.arange(len(self.file)) - np.repeat(np.cumsum(count) - count, count)).astype(np.int32)
+        self.weigh()
 
-    def keep(self, files, labels, view):
-        """Sets the list of views, one entry each: file, label, number of the crop."""
-        self.files, self.labels, self.view = files, labels, view
+    def keep(self, good):
+        """Goes on with the views that are marked in `good` (M,) bool; `files` stays as it is."""
+        self.file, self.labels, self.view = self.file[good], self.labels[good], self.view[good]
+        self.weigh()
+
+    def weigh(self):
         # P(class) ~ favour * n_c^(1 - balance), shared equally by the views of the class
         n = len(self.favour)
-        n_files, n_views = np.bincount(labels[view == 0], minlength=n), np.bincount(labels, minlength=n)
-        weight = (self.favour * n_files ** (1.0 - self.balance) / np.maximum(n_views, 1))[labels]
+        n_files, n_views = np.bincount(self.labels[self.view == 0], minlength=n), np.bincount(self.labels, minlength=n)
+        weight = (self.favour * n_files ** (1.0 - self.balance) / np.maximum(n_views, 1))[self.labels]
         self.cdf = np.cumsum(weight / weight.sum())
 
     def __len__(self):
-        return len(self.files)
+        return len(self.file)
 
     def crop(self, i, picture=None):
         """View i, uint8 (3, S, S), of its file or of the file's picture if that is at hand."""
-        path = self.files[i]
+        path = self.files[self.file[i]]
         return crop(picture or open_image(path), self.size, self.view[i], file_seed(path, self.seed))
 
-    def read_all(self, doing):
-        """Decodes every file once, in threads, a block of files at a time: yields (views, images uint8 (m, 3, S, S)),
-        where `views` are the m indices that could be read. What cannot be read is left out, counted and reported."""
-        starts = np.flatnonzero(self.view == 0)
-        errors = []
-
-        def read(start, stop):
+    def read_all(self, starts, doing):
+        """Decodes files once each, in threads, a block at a time, and the next while the caller is busy with this one.
+        `starts` are the files' first views. Yields (views, images uint8 (m, 3, S, S), bad): the m views that could be
+        read, and the first views of the files that could not."""
+        def read(start):
+            views = np.arange(start, np.searchsorted(self.file, self.file[start], side="right"))
             try:
-                picture = open_image(self.files[start])
-                return torch.stack([self.crop(i, picture) for i in range(start, stop)]), np.arange(start, stop)
-            except UserError as error:
-                errors.append(error)
+                picture = open_image(self.files[self.file[start]])
+                return views, torch.stack([self.crop(i, picture) for i in views]), []
+            except UserError:
+                return views[:0], torch.empty(0, 3, self.size, self.size, dtype=torch.uint8), [start]
 
-        jobs = list(zip(starts, [*starts[1:], len(self)]))
-        with ThreadPoolExecutor(max(1, self.workers)) as pool, tqdm(total=len(jobs), desc=doing, unit="file") as bar:
-            for i in range(0, len(jobs), 256):
-                block = [r for r in pool.map(lambda job: read(*job), jobs[i:i + 256]) if r]
-                bar.update(len(jobs[i:i + 256]))
-                if block:
-                    yield np.concatenate([views for _, views in block]), torch.cat([images for images, _ in block])
-        if errors:
-            print(f"skipped {len(errors)} of {len(jobs)} files; the first: {errors[0]}")
-        if len(errors) == len(jobs):
-            raise UserError(f"None of the {len(jobs)} files can be read as an image; the first: {errors[0]}")
+        bar = tqdm(total=len(starts), desc=doing, unit="file", disable=drr.ranks()[0] > 0)
+        with ThreadPoolExecutor(max(1, self.workers)) as pool, bar:
+            ahead = pool.map(read, starts[:BLOCK])
+            for i in range(0, len(starts), BLOCK):
+                block, ahead = list(ahead), pool.map(read, starts[i + BLOCK:i + 2 * BLOCK])
+                views, images, bad = zip(*block)
+                yield np.concatenate(views), torch.cat(images), np.array(sum(bad, []), int)
+                bar.update(len(block))
+
+    def report(self, bad):
+        """Says how many files could not be read; `bad` are their first views. Raises UserError when no file could."""
+        if len(bad):
+            first, n = self.files[self.file[bad[0]]], (self.view == 0).sum()
+            if len(bad) == n:
+                raise UserError(f"None of the {n} files can be read as an image; the first: {first}")
+            if drr.ranks()[0] == 0:
+                print(f"skipped {len(bad)} of {n} files, which cannot be read as images; the first: {first}")
 
     def load(self, device):
         """Holds all views on the device, uint8."""
         images = torch.empty(len(self), 3, self.size, self.size, dtype=torch.uint8)
-        good = np.zeros(len(self), bool)
-        for views, block in self.read_all("reading images"):
+        good, unreadable = np.zeros(len(self), bool), []
+        for views, block, bad in self.read_all(np.flatnonzero(self.view == 0), "reading images"):
             images[torch.from_numpy(views)], good[views] = block, True
-        self.keep(self.files[good], self.labels[good], self.view[good])
+            unreadable.extend(bad)
+        self.report(unreadable)
+        self.keep(good)
         self.images = images[torch.from_numpy(good)].to(device)
 
     def draw(self, step):
@@ -180,22 +352,25 @@ class Views(torch.utils.data.Dataset):
         views = np.searchsorted(self.cdf, rng.random(self.batch_size), side="right").clip(max=len(self) - 1)
         return views, (rng.random(self.batch_size) < 0.5) & self.flip
 
+    def readable(self, i):
+        """(index, picture) of view i or, if its file cannot be read, of the first view of the next file that can."""
+        for _ in range(100):
+            try:
+                return i, self.crop(i)
+            except UserError as error:
+                reason = error
+            i = np.searchsorted(self.file, self.file[i], side="right") % len(self)
+        raise UserError(f"100 files in a row cannot be read as images; the last: {reason}")
+
     def __getitem__(self, step):
-        views, flips = self.draw(step)
+        views, flips = (drawn[self.own] for drawn in self.draw(step))
         bad = 0
         if self.images is not None:
             images = self.images[torch.from_numpy(views)]
         else:
-            pictures = []
-            while len(pictures) < len(views):
-                try:
-                    pictures.append(self.crop(views[len(pictures)]))
-                except UserError:                     # the next file takes the place of one that cannot be read
-                    bad += 1
-                    if bad > 100 + len(views):
-                        raise UserError(f"Over {bad - 1} files in one batch cannot be read as images.") from None
-                    views[len(pictures)] = (views[len(pictures)] + 1) % len(self)
-            images = torch.stack(pictures)
+            drawn, (views, pictures) = views, zip(*map(self.readable, views))
+            views, images = np.array(views), torch.stack(pictures)
+            bad = int((views != drawn).sum())
         flips = torch.from_numpy(flips).to(images.device)
         images = torch.where(flips[:, None, None, None], images.flip(-1), images)
         return images, torch.from_numpy(self.labels[views]), bad
@@ -213,11 +388,12 @@ def to_float(images, device):
     return images.to(device).float().div_(127.5).sub_(1)
 
 
-def validation_images(directory, size, count, classes):
-    """Up to `count` central crops of DIR/val, spread over it, and their labels; (None, None) without DIR/val."""
+def validation_images(directory, size, count, classes, index=None):
+    """Up to `count` central crops of DIR/val, spread over it, and their labels; (None, None) without DIR/val.
+    `index` is that of `find_images`."""
     if not (Path(directory) / "val").is_dir():
         return None, None
-    files, labels, names = find_images(directory, "val")
+    files, labels, names = find_images(directory, "val", index)
     known = [i for i in range(len(files)) if names[labels[i]] in classes]
     pick = [known[i] for i in np.linspace(0, len(known) - 1, min(count, len(known))).astype(int)] if known else []
     pictures, found = [], []
@@ -229,36 +405,78 @@ def validation_images(directory, size, count, classes):
 
 
 # === Token cache: views -> codes, computed once =====================================================================
+TO_DO, ENCODED, UNREADABLE = range(3)                        # the state of a file while the cache is being written
+
+
 def cached_codes(views, vae, directory, device, dtype):
     """The codes of every view and (with data.flip) of its mirror image: a memory-mapped uint16 array (1 or 2, M, N, D).
 
     The file's name is a hash of the RQ-VAE's weights, the precision and the views (folder and name of each file, its
-    size, its crops): another model or other files make another cache. Files that cannot be read are dropped from `views`.
+    size, its crops): another model or other files make another cache. Files that cannot be read are dropped from
+    `views`. All ranks call this together, with a `directory` that all of them see, and share the work; interrupted, it
+    goes on where it stopped, with any number of ranks.
     """
-    files = [[f"{p.parent.name}/{p.name}", os.path.getsize(p)] for p in views.files[views.view == 0]]
-    content = json.dumps([drr.fingerprint(vae), str(dtype), views.size, views.seed, views.flip, views.view.tolist(), files])
-    name = hashlib.sha256(content.encode()).hexdigest()[:16]
+    content = [drr.fingerprint(vae), str(dtype), views.size, views.seed, views.flip, fingerprint(views.files)]
+    digest = hashlib.sha256(json.dumps(content).encode() + views.file.tobytes() + views.view.tobytes())
+    name = digest.hexdigest()[:16]
     path, index_path = Path(directory) / f"codes-{name}.npy", Path(directory) / f"codes-{name}-views.npy"
-    if not path.exists():
-        shape = (1 + views.flip, len(views), vae.side ** 2, vae.quantizer.depth)
-        with drr.replacing(path) as temporary:
-            codes = np.lib.format.open_memmap(temporary, "w+", np.uint16, shape)
-            good = []
-            for index, images in views.read_all("encoding images"):
-                for part, block in zip(np.array_split(index, -(-len(index) // 128)),
-                                       images.tensor_split(-(-len(index) // 128))):
-                    for flip, x in enumerate((block, block.flip(-1))[:1 + views.flip]):
-                        codes[flip, part] = encode(vae, to_float(x, device), dtype).cpu().numpy()
-                good.append(index)
-            codes.flush()
-            with drr.replacing(index_path) as temporary_index, open(temporary_index, "wb") as f:
-                np.save(f, np.concatenate(good))
+    if not path.exists():                                    # no rank can finish it before the others have looked
+        encode_views(views, vae, path, index_path, device, dtype)
     index = np.load(index_path)
-    codes = np.load(path, mmap_mode="r")
     if len(index) < len(views):
-        codes = codes[:, index]
-        views.keep(views.files[index], views.labels[index], views.view[index])
-    return codes
+        views.keep(np.isin(np.arange(len(views)), index))
+    return np.load(path, mmap_mode="r")
+
+
+def encode_views(views, vae, path, index_path, device, dtype):
+    """Writes the codes of the views that can be read to `path` and their indices to `index_path`."""
+    part, state_path = path.with_suffix(".part"), path.with_suffix(".state")
+    shape = (1 + views.flip, len(views), vae.side ** 2, vae.quantizer.depth)
+    rank, world = drr.ranks()
+    barrier = dist.barrier if world > 1 else lambda: None
+    if rank == 0 and not (part.exists() and state_path.exists()):
+        with drr.replacing(state_path) as temporary:         # first, since an old one would vouch for codes of zeros
+            allocate(temporary, np.uint8, (len(views.files),))
+        with drr.replacing(part) as temporary:
+            allocate(temporary, np.uint16, shape)
+    barrier()
+    codes, state = (np.load(p, mmap_mode="r+") for p in (part, state_path))
+    starts = np.flatnonzero(views.view == 0)
+    todo = starts[state[views.file[starts]] == TO_DO]
+    barrier()                                                # nobody writes before all know what is to do
+    for index, images, bad in views.read_all(np.array_split(todo, world)[rank], "encoding images"):
+        for i in range(0, len(index), 128):
+            x = to_float(images[i:i + 128], device)
+            for flip in range(shape[0]):
+                codes[flip, index[i:i + 128]] = encode(vae, x.flip(-1) if flip else x, dtype).cpu().numpy()
+        codes.flush()                                        # first the codes, then the note that they are there
+        state[views.file[index]], state[views.file[bad]] = ENCODED, UNREADABLE
+    barrier()
+    views.report(starts[state[views.file[starts]] == UNREADABLE])
+    if rank == 0:
+        good = np.flatnonzero(state[views.file] == ENCODED)
+        with drr.replacing(index_path) as temporary, open(temporary, "wb") as f:
+            np.save(f, good)
+        if len(good) == len(views):
+            os.replace(part, path)
+        else:                                                # closes the gaps, a block at a time to save memory
+            with drr.replacing(path) as temporary:
+                dense = allocate(temporary, np.uint16, (shape[0], len(good), *shape[2:]))
+                for i in range(0, len(good), 8192):
+                    dense[:, i:i + 8192] = codes[:, good[i:i + 8192]]
+                dense.flush()
+            part.unlink()
+        state_path.unlink()
+    barrier()
+
+
+def allocate(path, dtype, shape):
+    """A memory-mapped file of zeros. Raises OSError when the disk has no room for it."""
+    array = np.lib.format.open_memmap(path, "w+", dtype, shape)
+    if hasattr(os, "posix_fallocate"):                       # else a disk that fills up kills the process, by SIGBUS
+        with open(path, "r+b") as f:
+            os.posix_fallocate(f.fileno(), 0, os.path.getsize(path))
+    return array
 
 
 @torch.inference_mode()

@@ -1,5 +1,13 @@
-"""Folders of images -> batches: what is found, how it is cropped, and that a batch depends on (seed, step) alone."""
+"""Images in folders or tar shards -> batches: what is found, how it is cropped, that a batch depends on (seed, step)
+alone, and that the token cache is the same however it came about."""
+import io
+import json
 import os
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
 from types import SimpleNamespace
 
 import numpy as np
@@ -79,6 +87,132 @@ def test_titles_come_from_classes_tsv_or_else_from_the_folder(tmp_path):
     (tmp_path / "classes.tsv").write_text("a\tb\nn01\tx\n")
     with pytest.raises(drr.UserError, match="wnid"):
         data.class_titles(tmp_path, ["n01"])
+
+
+def test_the_fingerprint_is_that_of_names_and_sizes(tmp_path):
+    for i in range(3):
+        write(tmp_path / "one" / "a" / f"{i}.png", seed=i)
+    shutil.copytree(tmp_path / "one", tmp_path / "moved")
+    fingerprint = lambda name: data.fingerprint(data.find_images(tmp_path / name)[0])
+    first = fingerprint("one")
+    assert fingerprint("moved") == first
+    for change in (lambda d: (d / "a" / "1.png").rename(d / "a" / "9.png"), lambda d: (d / "a").rename(d / "b"),
+                   lambda d: write(d / "a" / "1.png", size=(41, 31)), lambda d: (d / "a" / "2.png").unlink()):
+        shutil.rmtree(tmp_path / "moved")
+        shutil.copytree(tmp_path / "one", tmp_path / "moved")
+        change(tmp_path / "moved")
+        assert fingerprint("moved") != first
+
+
+# === Tar shards =====================================================================================================
+def pack(tar_path, samples):
+    """Writes a shard of [(name, bytes)]."""
+    tar_path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(tar_path, "w") as tar:
+        for name, content in samples:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return tar_path
+
+
+def labelled(path, label):
+    return [(path.name, path.read_bytes()), (path.stem + ".cls", str(label).encode())]
+
+
+@pytest.fixture
+def shards(tmp_path):
+    """The photos of PHOTOS/train in three shards, in the order of the folder, and the classes' names."""
+    files, labels, classes = data.find_images(PHOTOS)
+    samples = [labelled(path, label) for path, label in zip(files, labels)]
+    samples[0][1:] = [(files[0].stem + ".json", b'{"label": 0, "filename": "x"}')]              # the other notation
+    samples[1] = [("a/" + "long/" * 40 + name, content) for name, content in samples[1]]        # a name over 100 bytes
+    for i in range(3):
+        pack(tmp_path / "shards" / "train" / f"{i:06d}.tar", sum(samples[i * 6:i * 6 + 6], []))
+    (tmp_path / "shards" / "classes.tsv").write_text("wnid\tname\n" + "".join(f"{c}\tx\n" for c in classes))
+    return tmp_path / "shards"
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_shards_deliver_the_same_pictures_as_the_folder_they_were_packed_from(shards, in_memory):
+    settings = dict(views=2, balance=0.5, load=in_memory)
+    folder, packed = make_views(**settings), make_views(shards, **settings)
+    assert data.find_images(shards)[2] == data.find_images(PHOTOS)[2]
+    for (images, labels, _), (others, other_labels, bad) in zip(folder.batches(0, 4), packed.batches(0, 4)):
+        assert torch.equal(images, others) and torch.equal(labels, other_labels) and bad == 0
+
+
+def test_classes_of_shards_are_numbers_where_no_table_names_them(shards):
+    labels = data.find_images(shards)[1]
+    (shards / "classes.tsv").write_text("wnid\tname\nn1\tx\n")
+    with pytest.raises(drr.UserError, match="1 lines"):
+        data.find_images(shards)
+    (shards / "classes.tsv").unlink()
+    assert data.find_images(shards)[2] == [str(i) for i in range(labels.max() + 1)]
+
+
+def test_validation_pictures_come_from_shards_too(shards, tmp_path):
+    path = write(tmp_path / "7.png")
+    pack(shards / "val" / "0.tar", labelled(path, 1))
+    images, labels = data.validation_images(shards, 16, 10, data.find_images(shards)[2], tmp_path / "index")
+    assert labels.tolist() == [1] and torch.equal(images[0], data.crop(data.open_image(path), 16))
+
+
+def test_a_damaged_picture_within_a_shard_is_replaced_and_counted(shards, tmp_path):
+    good, broken = write(tmp_path / "1.png"), tmp_path / "0.png"
+    broken.write_bytes(b"broken")
+    pack(tmp_path / "some" / "train" / "0.tar", labelled(broken, 0) + labelled(good, 0))
+    images, _, bad = make_views(tmp_path / "some", in_memory=False, flip=False)[0]
+    assert all(torch.equal(image, data.crop(data.open_image(good), 16)) for image in images)
+    assert bad == (make_views(tmp_path / "some").draw(0)[0] == 0).sum() > 0
+
+
+def damage(content, kind):
+    """A shard cut within a picture, one with a spoilt header in the middle, an empty one, one that is none."""
+    spoilt = bytearray(content)
+    spoilt[content.index(b"1.cls\0") + 150] ^= 255            # the checksum is at 148 .. 155 of a header
+    return {"cut": content[:600], "header": bytes(spoilt), "empty": b"", "other": b"no tar" * 500}[kind]
+
+
+@pytest.mark.parametrize("kind", ["cut", "header", "empty", "other"])
+def test_a_damaged_shard_is_the_users_mistake(tmp_path, kind):
+    samples = [labelled(write(tmp_path / f"{i}.png"), i) for i in range(2)]
+    path = pack(tmp_path / "train" / "0.tar", samples[0] + samples[1])
+    assert len(data.find_images(tmp_path)[0]) == 2
+    path.write_bytes(damage(path.read_bytes(), kind))
+    with pytest.raises(drr.UserError, match="0.tar is damaged"):
+        data.find_images(tmp_path)
+
+
+@pytest.mark.parametrize("label", [None, ("0.cls", b"n01440764"), ("0.cls", b"-1"), ("0.json", b'{"x": 1}'),
+                                   ("0.json", b"[]")])
+def test_a_picture_without_a_class_is_the_users_mistake(tmp_path, label):
+    picture_file = write(tmp_path / "0.png")
+    pack(tmp_path / "train" / "0.tar", [("0.png", picture_file.read_bytes())] + ([label] if label else []))
+    with pytest.raises(drr.UserError, match="names no class for 0.png"):
+        data.find_images(tmp_path)
+
+
+def test_shards_beside_pictures_and_shards_without_any_are_the_users_mistake(shards, tmp_path):
+    pack(tmp_path / "none" / "train" / "0.tar", [("0.txt", b"no image")])
+    with pytest.raises(drr.UserError, match="hold no images"):
+        data.find_images(tmp_path / "none")
+    write(shards / "train" / "a" / "1.png")
+    with pytest.raises(drr.UserError, match="both"):
+        data.find_images(shards)
+
+
+def test_a_shard_is_read_once_and_again_when_it_has_changed(shards, tmp_path, monkeypatch):
+    read, original = [], data.read_shard
+    monkeypatch.setattr(data, "read_shard", lambda path: read.append(path.name) or original(path))
+    first, labels, _ = data.find_images(shards, index=tmp_path / "index")
+    assert sorted(read) == ["000000.tar", "000001.tar", "000002.tar"]
+    again, again_labels, _ = data.find_images(shards, index=tmp_path / "index")
+    assert len(read) == 3 and list(again) == list(first) and np.array_equal(labels, again_labels)
+    pack(shards / "train" / "000001.tar", labelled(write(tmp_path / "new.png"), 2))
+    changed = data.find_images(shards, index=tmp_path / "index")[0]
+    assert read[3:] == ["000001.tar"] and [p.name for p in changed if p.parent.name == "000001.tar"] == ["new.png"]
+    assert data.fingerprint(changed) != data.fingerprint(first)
 
 
 # === Cropping =======================================================================================================
@@ -183,12 +317,25 @@ def test_a_batch_holds_the_views_that_were_drawn_half_of_them_mirrored():
     index, flips = views.draw(5)
     images, labels, _ = views[5]
     for image, label, i, flip in zip(images, labels, index, flips):
-        expected = data.crop(data.open_image(views.files[i]), 16, views.view[i], data.file_seed(views.files[i], 0))
+        path = views.files[views.file[i]]
+        expected = data.crop(data.open_image(path), 16, views.view[i], data.file_seed(path, 0))
         assert torch.equal(image, expected.flip(-1) if flip else expected)
         assert label == views.labels[i]
     share = np.mean([views.draw(step)[1] for step in range(500)])
     assert abs(share - 0.5) < 6 * 0.5 / 4000 ** 0.5                            # false alarm 2e-9 for a fresh seed
     assert not any(make_views(flip=False).draw(step)[1].any() for step in range(50))
+
+
+@pytest.mark.parametrize("load", [True, False])
+def test_several_processes_deliver_together_the_batch_of_one(load):
+    views = make_views(load=load, views=2, in_memory=load)
+    images, labels, _ = views[3]
+    parts = []
+    for views.own in np.split(np.arange(8), [3, 4]):
+        parts.append(views[3])
+    assert [len(part) for part, _, _ in parts] == [3, 1, 4]
+    assert torch.equal(torch.cat([part for part, _, _ in parts]), images)
+    assert torch.equal(torch.cat([part for _, part, _ in parts]), labels)
 
 
 def counted(per_class, **changes):
@@ -207,9 +354,9 @@ def class_shares(views):
 def test_rare_classes_get_more_crops():
     views = counted([1, 3, 50], views=2, class_views=10)
     assert np.bincount(views.labels).tolist() == [10, 3 * 4, 50 * 2]           # ceil(10 / 1), ceil(10 / 3), at least 2
-    for path in {str(p) for p in views.files}:
-        crops = views.view[[str(p) == path for p in views.files]]
-        assert crops.tolist() == list(range(len(crops)))
+    for i in range(54):
+        crops = views.view[views.file == i]
+        assert len(crops) and crops.tolist() == list(range(len(crops)))
 
 
 @pytest.mark.parametrize("balance,favour", [(0.0, 1.0), (0.6, 1.0), (1.0, 1.0), (0.5, 20.0)])
@@ -248,17 +395,21 @@ def partly_broken(tmp_path):
     return tmp_path
 
 
+def broken_file(views):
+    return next(i for i, p in enumerate(views.files) if p.name == "2.png" and p.parent.name == "a")
+
+
 def test_broken_files_are_dropped_from_memory_and_reported(partly_broken, capsys):
     views = make_views(partly_broken, load=True, views=2)
     assert "skipped 1 of 6 files" in capsys.readouterr().out
     assert len(views) == 10 == len(views.images)
-    assert not any(p.name == "2.png" and p.parent.name == "a" for p in views.files)
+    assert broken_file(views) not in views.file
     np.testing.assert_allclose(class_shares(views), [0.4, 0.6])                # two files against three
 
 
 def test_broken_files_are_replaced_and_counted_in_worker_processes(partly_broken):
     views = make_views(partly_broken, in_memory=False)
-    broken = next(i for i, p in enumerate(views.files) if p.name == "2.png" and p.parent.name == "a")
+    broken = broken_file(views)
     drawn = [int((views.draw(step)[0] == broken).sum()) for step in range(6)]
     batches = list(views.batches(0, 6))
     assert [bad for _, _, bad in batches] == drawn and sum(drawn) > 0
@@ -266,6 +417,23 @@ def test_broken_files_are_replaced_and_counted_in_worker_processes(partly_broken
         assert len(images) == len(labels) == 8
         index = np.where(views.draw(step)[0] == broken, broken + 1, views.draw(step)[0])
         assert labels.tolist() == views.labels[index].tolist()                 # the label is that of the stand-in
+
+
+def test_stand_ins_are_the_same_however_the_batch_is_shared(partly_broken):
+    (partly_broken / "b" / "0.png").write_bytes(b"broken")                     # two in a row, each with four views
+    views = make_views(partly_broken, in_memory=False, views=4)
+    broken = [2, 3]                                                            # a/2.png and b/0.png
+    for step in range(6):
+        views.own = np.arange(8)
+        images, labels, bad = views[step]
+        assert bad == np.isin(views.file[views.draw(step)[0]], broken).sum()   # pictures, not attempts
+        parts = []
+        for views.own in np.split(np.arange(8), [3, 4]):
+            parts.append(views[step])
+        assert torch.equal(torch.cat([part[0] for part in parts]), images) and sum(part[2] for part in parts) == bad
+        assert torch.equal(torch.cat([part[1] for part in parts]), labels)
+    views.own = np.arange(8)
+    assert sum(views[step][2] for step in range(6)) > 0
 
 
 @pytest.mark.parametrize("in_memory", [True, False])
@@ -349,8 +517,92 @@ def test_broken_files_are_dropped_from_the_cache_and_from_the_views(partly_broke
         assert torch.equal(torch.from_numpy(np.array(codes[0]).astype(np.int64)), vae.encode(x))
 
 
-def test_an_interrupted_cache_leaves_nothing_behind(tmp_path, vae, monkeypatch):
-    monkeypatch.setattr(data, "encode", lambda *args: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
+def test_a_cache_that_cannot_be_written_leaves_nothing_behind(tmp_path, vae, monkeypatch):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(data, "allocate", full)
+    with pytest.raises(drr.UserError, match="No space left"):
         cached(make_views(size=32), vae, tmp_path)
     assert os.listdir(tmp_path) == []
+
+
+# The same cache from several processes, and from a process that was killed. A worker is this module in a process of its
+# own; it writes the caches of several data sets, and says how many images it encoded and which files it kept.
+def work(rank, world, store, kill_at, *jobs):
+    if world > 1:
+        torch.distributed.init_process_group("gloo", f"file://{store}", rank=rank, world_size=world)
+    torch.set_num_threads(1)
+    encoded, original, data.BLOCK = [], data.encode, 4
+
+    def encode(model, x, dtype):
+        encoded.append(len(x))
+        if len(encoded) == kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(model, x, dtype)
+
+    data.encode, result = encode, []
+    for pictures, directory in zip(jobs[::2], jobs[1::2]):
+        encoded.clear()
+        views = make_views(pictures, size=32, views=2)
+        codes = cached(views, small_vae(), directory)
+        result.append((sum(encoded), views.file.tolist(), codes.shape[1]))
+    print("RESULT" + json.dumps(result))
+
+
+def start_worker(rank, world, store, kill_at, *jobs):
+    code = f"""
+import sys
+sys.path.insert(0, {str(TESTS)!r})
+import test_data
+test_data.work({rank}, {world}, {str(store)!r}, {kill_at}, *{[str(job) for job in jobs]})
+"""
+    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def file_names(directory):
+    return sorted(p.suffix for p in directory.iterdir())
+
+
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory):
+    """The folder of a cache whose writer was killed within the second block of four files."""
+    directory = tmp_path_factory.mktemp("interrupted")
+    worker = start_worker(0, 1, "", 4, PHOTOS, directory)              # a block: 8 views, then their mirror images
+    worker.communicate()
+    assert worker.returncode == -signal.SIGKILL and file_names(directory) == [".part", ".state"]
+    return directory
+
+
+def test_a_killed_cache_goes_on_where_it_was(interrupted, tmp_path, vae, monkeypatch):
+    whole = cached(make_views(size=32, views=2), vae, tmp_path / "whole")
+    encoded, original = [], data.encode
+    monkeypatch.setattr(data, "encode", lambda vae, x, dtype: encoded.append(len(x)) or original(vae, x, dtype))
+    shutil.copytree(interrupted, tmp_path / "resumed")
+    resumed = cached(make_views(size=32, views=2), vae, tmp_path / "resumed")
+    assert sum(encoded) == (15 - 4) * 2 * 2 and np.array_equal(resumed, whole)
+    assert file_names(tmp_path / "resumed") == file_names(tmp_path / "whole") == [".npy", ".npy"]
+
+
+def test_half_a_state_is_not_trusted(interrupted, tmp_path, vae):
+    whole = cached(make_views(size=32, views=2), vae, tmp_path / "whole")
+    for lost in (".part", ".state"):
+        shutil.copytree(interrupted, tmp_path / lost)
+        next((tmp_path / lost).glob("*" + lost)).unlink()
+        assert np.array_equal(cached(make_views(size=32, views=2), vae, tmp_path / lost), whole)
+
+
+def test_two_ranks_write_the_cache_of_one_and_end_what_one_began(interrupted, partly_broken, tmp_path, vae):
+    shutil.copytree(interrupted, tmp_path / "resumed")
+    pictures = partly_broken
+    jobs = [PHOTOS, tmp_path / "fresh", PHOTOS, tmp_path / "resumed", pictures, tmp_path / "broken"]
+    workers = [start_worker(rank, 2, tmp_path / "store", 0, *jobs) for rank in range(2)]
+    outputs = [worker.communicate(timeout=120) for worker in workers]
+    assert [worker.returncode for worker in workers] == [0, 0], outputs[0][1] + outputs[1][1]
+    results = [json.loads(out.partition("RESULT")[2]) for out, _ in outputs]
+    assert [[job[0] for job in result] for result in results] == [[8 * 4, 6 * 4, 3 * 4 - 4], [7 * 4, 5 * 4, 3 * 4]]
+    for number, (source, directory) in enumerate(zip(jobs[::2], jobs[1::2])):
+        views = make_views(source, size=32, views=2)
+        alone = cached(views, vae, tmp_path / f"alone{number}")
+        assert np.array_equal(np.load(next(p for p in directory.glob("codes-*.npy") if "views" not in p.name)), alone)
+        assert all(result[number][1:] == [views.file.tolist(), len(alone[0])] for result in results)
+    assert "skipped 1 of 6 files" in outputs[0][0] and "skipped" not in outputs[1][0]
