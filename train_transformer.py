@@ -58,11 +58,12 @@ def main():
     torch.manual_seed(config.data.seed)                        # the initial weights; nothing else draws from it
 
     # --- data: codes of all images, both ways round; or the images themselves ------------------------------------------
-    files, labels, classes = data.find_images(args.data)
+    files, labels, classes = data.find_images(args.data, index=out / "shards")
     if c.cond == "class" and classes == [""]:
         raise UserError(f"{args.data} has no class folders; add them or train with transformer.cond=none.")
     titles = data.class_titles(args.data, classes)
-    views = data.Views(files, labels, classes, vae.size, c.batch_size, config.data, own)
+    views = data.Views(files, labels, classes, vae.size, c.batch_size, config.data)
+    views.own = own
     settings = training.settings_of(config, ("transformer", "data"), str(dtype), files=data.fingerprint(files),
                                     codes_of=drr.fingerprint(vae))
     online = c.soft_labels or c.stochastic_codes               # these need z, which is too large to store
@@ -70,7 +71,7 @@ def main():
         cache = data.cached_codes(views, vae, out / "codes", device, dtype)       # (1 or 2, M, N, D)
     elif config.data.in_memory:
         views.load(device)
-    val, val_labels = data.validation_images(args.data, vae.size, 1024, classes)
+    val, val_labels = data.validation_images(args.data, vae.size, 1024, classes, out / "shards")
     if val is not None:
         val = torch.cat([data.encode(vae, data.to_float(x, device), dtype) for x in val.split(128)])
 

@@ -124,12 +124,13 @@ def main():
     torch.manual_seed(config.data.seed)                        # the initial weights; nothing else draws from it
 
     # --- data --------------------------------------------------------------------------------------------------------
-    files, labels, classes = data.find_images(args.data)
-    views = data.Views(files, labels, classes, c.resolution, c.batch_size, config.data, own)
+    files, labels, classes = data.find_images(args.data, index=out / "shards")
+    views = data.Views(files, labels, classes, c.resolution, c.batch_size, config.data)
+    views.own = own
     settings = training.settings_of(config, ("vae", "data"), str(dtype), files=data.fingerprint(files))
     if config.data.in_memory:
         views.load(device)
-    val, _ = data.validation_images(args.data, c.resolution, 512, classes)
+    val, _ = data.validation_images(args.data, c.resolution, 512, classes, out / "shards")
     val = data.to_float(views[0][0][:512] if val is None else val, device)     # without DIR/val: some training images
 
     # --- model -------------------------------------------------------------------------------------------------------

@@ -186,9 +186,11 @@ def announce(name, c, cost, start, count, device, dtype):
     """Says what the training will take, before it starts."""
     _, world = ranks()
     steps = c.steps - start
+    duration = tqdm.format_interval(steps * cost.seconds)
     print(f"{name}: {steps} steps of {c.batch_size} images, on {world} x {device.type} {str(dtype)[6:]} in {count} "
           f"micro-batches of {c.batch_size // world // count}; about {cost.memory / 1e9:.2f} GB each; "
-          f"{cost.flops * world / 1e12:.3g} TFLOP and {cost.seconds:.3g} s a step, {tqdm.format_interval(steps * cost.seconds)} in all, if this speed holds")
+          f"{cost.flops * world / 1e12:.3g} TFLOP and {cost.seconds:.3g} s a step, {duration} in all, "
+          "if this speed holds")
 
 
 class StopSignal:
@@ -217,8 +219,8 @@ def on_any_rank(*flags, device):
 def refuse_infinity(terms, step, advice):
     """Raises the UserError of a step whose loss or gradient is no finite number, naming which of the `terms` is not."""
     bad = [name for name, value in terms.items() if not math.isfinite(value)]
-    raise UserError(f"At step {step + 1} {' and '.join(bad) or 'the gradient'} is not finite; the checkpoints written "
-                    f"before it are good: go on with --resume and {advice}, --force, or start again with that.")
+    raise UserError(f"At step {step + 1} {' and '.join(bad) or 'the gradient'} is not finite; the checkpoints before it are "
+                    f"good: go on with --resume, --force and {advice}, or start again with that.")
 
 
 # === Checkpoints: OUT/STAGE_state_STEP.pt ===========================================================================
