@@ -301,8 +301,9 @@ def main():
             raise UserError("--check trains one preset on this machine; name one, and leave --tflops out.")
         return check(args.check, configs[names[0]], args.batch, device, dtype)
     rate = args.tflops * 1e12 if args.tflops else matrix_rate(device, dtype)
-    print(f"{device.type}, {str(dtype)[6:]}: {rate / 1e12:.4g} TFLOP/s {'given' if args.tflops else 'measured'}, of which "
-          f"a training reaches {args.mfu:.0%} (--mfu).\npreset            stage        GPUs  micro-batch  parameters  "
+    print(f"{device.type}, {str(dtype)[6:]}: {rate / 1e12:.4g} TFLOP/s {'given' if args.tflops else 'measured'}, of "
+          f"which a training reaches {args.mfu:.0%} (--mfu).")
+    print("preset            stage        GPUs  micro-batch  parameters  "
           "state GB  activations GB  GB a GPU  TFLOP a step     hours")
     known = {}                                                     # several presets share a stage 1
     for name, config in configs.items():
