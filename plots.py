@@ -31,7 +31,8 @@ PANELS = {
 FROM_0 = "share of the codebook", "images/s", "share of hidden codes", "codes"     # their axes begin at 0
 STAGES = {"vae": "Stage 1: RQ-VAE", "transformer": "Stage 2: Contextual RQ-Transformer"}
 LABELS = {"loss": "mean", "val_loss": "validation", "val_psnr": "validation PSNR, dB", "lambda": "adaptive weight",
-          "lr": "learning rate", "disc": "hinge loss", "logits_real": "logits, real", "logits_fake": "logits, fake"}
+          "lr": "learning rate", "grad_norm": "gradient norm", "disc": "hinge loss",
+          "logits_real": "logits, real", "logits_fake": "logits, fake"}
 COLOURS = {"loss": "black", "val_loss": "crimson", "val_psnr": "crimson", "lambda": "darkorange", "lr": "darkorange",
            "perceptual": "darkorange", "logits_real": "seagreen", "logits_fake": "crimson"}
 
