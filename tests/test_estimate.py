@@ -54,7 +54,7 @@ def test_the_activations_are_those_of_a_real_step(stage, recompute, dtype):
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         estimate.forward_backward(stage, config, parts, 8, CPU, dtype)
     assert guess == pytest.approx(allocated(profiler.profiler.kineto_results.events()), rel=0.08)
-    assert kept < guess and (recompute or guess < 2 * kept)
+    assert recompute or guess / 2 < kept < 1.1 * guess      # more: the adversary's graph, made when the other is gone
 
 
 @pytest.mark.parametrize("stage", ["vae", "transformer"])
