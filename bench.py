@@ -11,6 +11,7 @@ import torch
 
 import drr
 from common import BUNDLED, add_device_arguments, pick_device, run
+from estimate import matrix_rate, synchronize
 
 
 def decode_flops(transformer, c):
@@ -27,25 +28,6 @@ def decode_flops(transformer, c):
     guided = transformer.null > 0                # a model without conditions has nothing to guide
     return (draft * (1 + (guided and c.draft_guidance != 1))
             + c.rounds * revision * (1 + (guided and c.revise_guidance != 1)))
-
-
-def synchronize(device):
-    if device.type != "cpu":
-        getattr(torch, device.type).synchronize()
-
-
-def matrix_rate(device, dtype, seconds=2.0):
-    """Operations per second of large square matrix products, the median over `seconds`."""
-    n = 8192 if device.type == "cuda" else 2048
-    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    times, stop = [], time.perf_counter() + seconds
-    while time.perf_counter() < stop:
-        synchronize(device)
-        start = time.perf_counter()
-        a @ b
-        synchronize(device)
-        times.append(time.perf_counter() - start)
-    return 2 * n ** 3 / statistics.median(times)
 
 
 def main():

@@ -1,0 +1,135 @@
+"""The estimate of a training's cost, beside what real tensors take and what the formulas say."""
+import gc
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import REPO
+
+import estimate
+from common import load_config
+
+CPU = torch.device("cpu")
+SIZES = {"vae": ["vae.ch=32", "vae.perceptual_weight=1"], "transformer": ["transformer.d_model=128"]}
+
+
+def small(stage, recompute=False):
+    config = load_config("smoke", SIZES[stage])
+    config.transformer.recompute = recompute
+    return config
+
+
+def allocated(events):
+    """The most bytes held at once, by the allocations and releases that the profiler saw."""
+    held = most = 0
+    for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        most = max(most, held)
+    return most
+
+
+@pytest.mark.parametrize("stage, recompute", [("vae", False), ("transformer", False), ("transformer", True)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_activations_are_those_of_a_real_step(stage, recompute, dtype):
+    config = small(stage, recompute)
+    config.vae.perceptual_weight = 0       # VGG16 is so large beside this RQ-VAE that its kernels' own memory would count
+    guess = estimate.memory(stage, config, 1, "cpu", dtype, batch=8).activations
+    parts = estimate.build(stage, config)
+    own = {t.untyped_storage()._cdata for m in (parts.trained, parts.frozen or parts.trained)
+           for t in (*m.parameters(), *m.buffers())}
+    saved = {}
+
+    def keep(t):
+        if t.untyped_storage()._cdata not in own:
+            saved[t.untyped_storage()._cdata] = t.untyped_storage()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):      # makes the gradients, too
+        estimate.forward_backward(stage, config, parts, 8, CPU, dtype)
+    kept = sum(s.nbytes() for s in saved.values())
+    saved.clear()
+    gc.collect()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        estimate.forward_backward(stage, config, parts, 8, CPU, dtype)
+    assert guess == pytest.approx(allocated(profiler.profiler.kineto_results.events()), rel=0.08)
+    assert recompute or guess / 2 < kept < 1.1 * guess      # more: the adversary's graph, made when the other is gone
+
+
+@pytest.mark.parametrize("stage", ["vae", "transformer"])
+def test_the_state_is_that_of_a_real_step(stage):
+    config = small(stage)
+    parts = estimate.build(stage, config)
+    opt = torch.optim.AdamW(parts.trained.parameters())
+    estimate.forward_backward(stage, config, parts, 2, CPU, torch.float32)
+    opt.step()
+    modules = [parts.trained, parts.frozen] + [parts.trained] * (stage == "transformer")   # again: the moving average
+    tensors = [t for m in modules for t in (*m.parameters(), *m.buffers())]
+    tensors += [p.grad for p in parts.trained.parameters()]
+    tensors += [t for state in opt.state.values() for t in state.values() if t.dim()]         # without the step counts
+    m = estimate.memory(stage, config, 1, "cpu", torch.float32, batch=1)
+    assert m.state == sum(t.numel() * t.element_size() for t in tensors)
+    assert m.parameters == sum(p.numel() for p in parts.trained.parameters())
+
+
+def test_sharding_divides_what_belongs_to_the_weights():
+    config = small("transformer")
+    one = estimate.memory("transformer", config, 8, "cpu", torch.float32, batch=1)
+    config.transformer.shard = True
+    eighth = estimate.memory("transformer", config, 8, "cpu", torch.float32, batch=1)
+    assert one.state - eighth.state == pytest.approx(7 / 8 * 20 * one.parameters, rel=1e-6)
+    assert one.activations == eighth.activations
+
+
+def test_operations_are_six_a_parameter_and_token_and_the_attention():
+    config = load_config("imagenet-371m", ["transformer.n_spatial=3", "transformer.n_depth=2"])
+    c, v, N = config.transformer, config.vae, 64
+    hidden = round(64 * 2 / math.pi + 0.5)
+    block = 12 * c.d_model ** 2
+    spatial = c.n_spatial * (6 * block * (N + 1) + 12 * (N + 1) ** 2 * c.d_model)
+    depth = hidden * v.depth * (c.n_depth * (6 * block + 12 * v.depth * c.d_model) + 6 * c.d_model * v.codebook_size)
+    flops = estimate.flops_per_image("transformer", config)
+    assert flops == pytest.approx(spatial + depth, rel=0.03)
+    c.recompute = True                                             # the forward pass of the blocks once more
+    again = spatial / 3 + hidden * v.depth * c.n_depth * (2 * block + 4 * v.depth * c.d_model)
+    assert estimate.flops_per_image("transformer", config) - flops == pytest.approx(again, rel=0.1)
+
+
+def test_the_adversary_and_the_perceptual_loss_are_counted():
+    plain = estimate.flops_per_image("vae", load_config("smoke", ["vae.disc_weight=0"]))
+    adversary = estimate.flops_per_image("vae", load_config("smoke"))
+    both = estimate.flops_per_image("vae", small("vae"))
+    assert 0 < plain < adversary < both
+
+
+def test_a_gpu_keeps_no_attention_matrices_and_normalises_in_float32():
+    scores = lambda kind: estimate.memory("transformer", load_config("smoke", ["vae.resolution=128"]), 1, kind,
+                                          torch.bfloat16, batch=1).activations
+    assert scores("cuda") < 0.7 * scores("cpu")                    # 1024 positions: the matrices are most of it
+    norms = lambda kind: estimate.memory("vae", small("vae"), 1, kind, torch.bfloat16, batch=1).activations
+    assert norms("cuda") > 1.05 * norms("cpu")
+
+
+def test_the_line_of_a_trainer():
+    config = load_config("smoke")
+    config.transformer.micro_batch = 4
+    line = estimate.report("transformer", config, 2, CPU, torch.float32, 9.0)
+    assert line.startswith("40 steps of 16 images, 2 ranks x 2 micro-batches of 4, about 0.0")
+    assert line.endswith("0.1 h at 9.00 s a step")
+    with pytest.raises(estimate.UserError, match="no multiple of 3"):
+        estimate.report("transformer", config, 3, CPU, torch.float32)
+
+
+def test_the_script():
+    script = [sys.executable, str(REPO / "estimate.py")]
+    execute = lambda *words: subprocess.run([*script, *words], capture_output=True, text=True)
+    done = execute("smoke", "cc3m-366m", "transformer.d_model=128", "--gpus", "1,2", "--tflops", "100")
+    assert done.returncode == 0, done.stderr
+    rows = [line.split()[:4] for line in done.stdout.splitlines()[2:]]
+    assert rows == [["smoke", s, n, m] for s in ("vae", "transformer") for n, m in (("1", "16"), ("2", "8"))]
+    done = execute("smoke", "--check", "--batch", "2", "--device", "cpu", "--precision", "fp32")
+    assert done.returncode == 0 and "measured" in done.stdout and "step 2: loss" in done.stdout, done.stderr
+    for words in (["--check"], ["smoke", "--gpus", "0"], ["smoke", "--mfu", "2"]):
+        done = execute(*words)
+        assert done.returncode == 2 and done.stderr.startswith("error:") and "Traceback" not in done.stderr

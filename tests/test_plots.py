@@ -1,0 +1,71 @@
+"""The pictures of the logs: what they hold, what they leave out, and what happens to logs that are none."""
+import builtins
+
+import pytest
+from PIL import Image
+
+import plots
+from drr import UserError
+
+VAE = ("step,reconstruction,val_psnr,perceptual,usage_1,usage_2,remark\n"
+       "5,0.3,,0.0,0.5,0.25,warm\n10,0.2,14.5,0.0,0.5,,\n15,nan,,0.0\n")
+
+
+@pytest.fixture
+def run(tmp_path):
+    (tmp_path / "vae.csv").write_text(VAE)
+    return tmp_path
+
+
+def test_a_log_is_read_with_its_gaps_and_without_unknown_columns(run):
+    log = plots.read_log(run / "vae.csv")
+    assert "remark" not in log and log["step"] == [5, 10, 15]
+    assert plots.points(log, "reconstruction", True) == [(5, 10), (0.3, 0.2)]
+    assert plots.points(log, "val_psnr", False) == [(10,), (14.5,)]
+    assert plots.points(log, "perceptual", False) is None and plots.points(log, "lr", False) is None
+
+
+def test_curves_come_in_the_order_of_depths(run):
+    log = plots.read_log(run / "vae.csv")
+    by_name = {panel[0]: plots.curves(panel, log) for panel in plots.PANELS["vae"]}
+    assert [c[:2] for c in by_name["Codes in use"]] == [("usage_1", 1), ("usage_2", 2)]
+    assert [c[2] for c in by_name["Reconstruction"]] == [False, True]
+    assert by_name["Adversary"] == []
+
+
+def test_a_picture_is_drawn(run):
+    pytest.importorskip("matplotlib", reason="pip install -r requirements-train.txt")
+    (run / "transformer.csv").write_text("step,loss,loss_1,val_loss,grad_norm,lr\n1,3,3,,0.1,0.1\n2,2,2,2.5,0.2,0.1\n")
+    with Image.open(plots.draw(run)) as both:
+        assert min(both.size) > 500 and len(both.convert("RGB").getcolors(1 << 24)) > 50
+        height = both.height
+    (run / "transformer.csv").unlink()
+    with Image.open(plots.draw(run, run / "new" / "one.png")) as one:
+        assert one.height < height
+    (run / "vae.csv").write_text("step,remark\n1,a\n")                  # nothing to draw yet
+    plots.draw(run)
+    assert not list(run.glob(".*"))                                     # no temporary files
+
+
+@pytest.mark.parametrize("text", ["", "step,reconstruction\n", "a,b\n1,2\n", "step,lr\n1,high\n", "step,lr\n1,2,3\n",
+                                  b"\xff\xfe\x00"])
+def test_a_damaged_log_is_one_sentence(tmp_path, text):
+    (tmp_path / "vae.csv").write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(UserError, match="damaged or no training log"):
+        plots.draw(tmp_path)
+    assert not (tmp_path / "plots.png").exists()
+
+
+def test_no_log_and_no_matplotlib_are_one_sentence(run, tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="neither vae.csv nor transformer.csv"):
+        plots.draw(tmp_path / "elsewhere")
+    real = builtins.__import__
+
+    def without(name, *arguments, **keywords):
+        if name.startswith("matplotlib"):
+            raise ImportError(name)
+        return real(name, *arguments, **keywords)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(UserError, match="requirements-train.txt"):
+        plots.draw(run)
