@@ -88,7 +88,7 @@ def build(stage, config):
     c = config.transformer
     model = drr.ContextualRQTransformer(c, drr.conditions(c, range(CLASSES)), vae.side ** 2, config.vae.depth,
                                         vae.quantizer.codebook)
-    model.recompute = getattr(c, "recompute", False)
+    model.recompute = c.recompute
     return SimpleNamespace(model=model, trained=model, disc=None, frozen=vae.requires_grad_(False))
 
 
@@ -117,7 +117,7 @@ def forward_backward(stage, config, parts, batch, device, dtype):
         parts.disc.requires_grad_(True)
     (loss + commitment).backward()
     if parts.disc:
-        train_vae.hinge_loss(parts.disc(x), parts.disc(recon.detach())).backward()
+        train_vae.HingeLoss(parts.disc)(x, recon.detach())[0].backward()
     return loss.detach()
 
 
@@ -218,20 +218,7 @@ def micro_batch(c, world):
     if c.batch_size % world:
         raise UserError(f"batch_size {c.batch_size} is no multiple of {world} GPUs; change one of them.")
     share = c.batch_size // world
-    return min(share, getattr(c, "micro_batch", 0) or max(1, share // getattr(c, "accumulate", 1)))
-
-
-def report(stage, config, world, device, dtype, seconds_per_step=None):
-    """One line for a trainer to print: steps, samples, ranks x micro-batches, memory of a device, and the time of the
-    whole training once the seconds that a step takes are known."""
-    c, m = getattr(config, stage), memory(stage, config, world, device.type, dtype)
-    micro = micro_batch(c, world)
-    line = (f"{c.steps} steps of {c.batch_size} images, {world} ranks x {math.ceil(c.batch_size / world / micro)} "
-            f"micro-batches of {micro}, about {(m.state + m.activations) / 1e9:.2f} GB a device "
-            f"({m.state / 1e9:.2f} weights and optimizer, {m.activations / 1e9:.2f} activations)")
-    if seconds_per_step is None:
-        return line
-    return f"{line}, {c.steps * seconds_per_step / 3600:.1f} h at {seconds_per_step:.2f} s a step"
+    return min(share, c.micro_batch or share)
 
 
 # === One real step, to see whether all that is true =================================================================

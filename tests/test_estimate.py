@@ -111,14 +111,10 @@ def test_a_gpu_keeps_no_attention_matrices_and_normalises_in_float32():
     assert norms("cuda") > 1.05 * norms("cpu")
 
 
-def test_the_line_of_a_trainer():
-    config = load_config("smoke")
-    config.transformer.micro_batch = 4
-    line = estimate.report("transformer", config, 2, CPU, torch.float32, 9.0)
-    assert line.startswith("40 steps of 16 images, 2 ranks x 2 micro-batches of 4, about 0.0")
-    assert line.endswith("0.1 h at 9.00 s a step")
+def test_a_batch_that_the_gpus_cannot_share_is_refused():
+    assert estimate.micro_batch(load_config("smoke", ["transformer.micro_batch=4"]).transformer, 2) == 4
     with pytest.raises(estimate.UserError, match="no multiple of 3"):
-        estimate.report("transformer", config, 3, CPU, torch.float32)
+        estimate.micro_batch(load_config("smoke").transformer, 3)
 
 
 def test_the_script():
