@@ -423,7 +423,7 @@ def test_broken_files_are_replaced_and_counted_in_worker_processes(partly_broken
 
 
 def test_stand_ins_are_the_same_however_the_batch_is_shared(partly_broken):
-    (partly_broken / "b" / "0.png").write_bytes(b"broken")                    # two in a row, of more views than attempts
+    (partly_broken / "b" / "0.png").write_bytes(b"broken")                    # two in a row, many views each
     views = make_views(partly_broken, in_memory=False, views=120)
     broken = [2, 3]                                                            # a/2.png and b/0.png
     for step in range(6):
