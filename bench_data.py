@@ -90,7 +90,7 @@ def main():
                 break
         seconds, cpu, peak = time.perf_counter() - start, time.process_time() - cpu, np.maximum(peak, memory())
         print(f"{seen} images in {seconds:.2f} s ({cpu:.2f} s of CPU time): {seen / seconds:.0f} images/s, "
-              f"{seconds / (step + 1) * 1000:.2f} ms a step of {args.batch}, of which drawing took {drawing / seconds:.0%}")
+              f"{seconds / (step + 1) * 1000:.2f} ms a step of {args.batch}, {drawing / seconds:.0%} of it for drawing")
         print(f"peak resident memory {peak[0]:.0f} MB, of which {peak[1]:.0f} MB are the process's own and the rest "
               f"mapped pages; the cache has {path.stat().st_size / 1e6:.0f} MB")
         del codes                                             # some systems do not remove a file that is mapped

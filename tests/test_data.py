@@ -213,6 +213,9 @@ def test_a_shard_is_read_once_and_again_when_it_has_changed(shards, tmp_path, mo
     changed = data.find_images(shards, index=tmp_path / "index")[0]
     assert read[3:] == ["000001.tar"] and [p.name for p in changed if p.parent.name == "000001.tar"] == ["new.png"]
     assert data.fingerprint(changed) != data.fingerprint(first)
+    os.utime(shards / "train" / "000002.tar", (1, 1))                          # the same size, another time
+    data.find_images(shards, index=tmp_path / "index")
+    assert read[4:] == ["000002.tar"]
 
 
 # === Cropping =======================================================================================================
@@ -420,8 +423,8 @@ def test_broken_files_are_replaced_and_counted_in_worker_processes(partly_broken
 
 
 def test_stand_ins_are_the_same_however_the_batch_is_shared(partly_broken):
-    (partly_broken / "b" / "0.png").write_bytes(b"broken")                     # two in a row, each with four views
-    views = make_views(partly_broken, in_memory=False, views=4)
+    (partly_broken / "b" / "0.png").write_bytes(b"broken")                    # two in a row, many views each
+    views = make_views(partly_broken, in_memory=False, views=120)
     broken = [2, 3]                                                            # a/2.png and b/0.png
     for step in range(6):
         views.own = np.arange(8)
