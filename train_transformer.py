@@ -110,7 +110,6 @@ def main():
     like = torch.zeros(len(own) // count, N, D, dtype=torch.int64, device=device)
     mask = (torch.arange(N, device=device) < 2 / math.pi * N).expand(len(like), N)                     # the mean share
     z = torch.zeros(*like.shape[:2], config.vae.code_dim, device=device) if c.soft_labels else None
-    training.synchronize_gradients([forward], False)
     cost = training.measure(lambda: backward(like, mask, to_cond(like[:, 0, 0]), z, 1), count, parts, device, dtype)
     training.announce("transformer", c, cost, start, count, device, dtype)
     log = training.Log(out, "transformer", start, args.tensorboard)

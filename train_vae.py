@@ -180,7 +180,6 @@ def main():
 
     # --- what it will take: one micro-batch is tried -------------------------------------------------------------------
     grey = torch.full((len(own) // count, 3, c.resolution, c.resolution), 127, dtype=torch.uint8)
-    training.synchronize_gradients((forward, hinge_loss), False)
     cost = training.measure(lambda: backward(grey, True, disc is not None), count, parts, device, dtype)
     training.announce("vae", c, cost, start, count, device, dtype)
     log = training.Log(out, "vae", start, args.tensorboard)
