@@ -102,7 +102,7 @@ def forward_backward(stage, config, parts, batch, device, dtype):
         cond = torch.zeros(batch, model.cond_length, dtype=torch.int64, device=device)
         with autocast:
             loss = model(codes, hidden, cond)[0].mean()
-        loss.backward()
+        torch.autograd.backward(loss)           # inside of loss.backward(), Pretend would not hold for what is recomputed
         return loss.detach()
     import train_vae
     x = torch.rand(batch, 3, c.resolution, c.resolution, device=device) * 2 - 1

@@ -108,6 +108,9 @@ def test_a_gpu_keeps_no_attention_matrices_and_normalises_in_float32():
     long = load_config("smoke", ["vae.resolution=128", "transformer.n_spatial=8"])                # 1024 positions
     scores = lambda kind: estimate.memory("transformer", long, 1, kind, torch.bfloat16, batch=1).activations
     assert scores("cpu") - scores("cuda") > 7 * 2 * 1025 ** 2      # at least one bf16 matrix a block
+    kept = scores("cuda")
+    long.transformer.recompute = True
+    assert scores("cuda") < 0.7 * kept
     norms = lambda kind: estimate.memory("vae", small("vae"), 1, kind, torch.bfloat16, batch=1).activations
     assert norms("cuda") > 1.05 * norms("cpu")
 
