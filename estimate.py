@@ -173,8 +173,8 @@ def dry_run(stage, config, batch, counter, hidden=None, device_type="cpu", dtype
     """Runs forward_backward on fake tensors under `counter` (Peak or FlopCounterMode); returns the modules it ran."""
     from torch._subclasses.fake_tensor import FakeTensorMode       # takes a second, which only an estimate should cost
     device = torch.device("cpu")
-    # One thread, also on a machine with a GPU: a mode holds in the thread that it was entered in.
     cuda = like_cuda() if device_type == "cuda" else nullcontext()
+    # One thread, also on a machine with a GPU: a mode holds in the thread that it was entered in.
     with FakeTensorMode(), Hidden(hidden), cuda, torch.autograd.set_multithreading_enabled(False):
         parts = build(stage, config)
         for p in parts.trained.parameters():
@@ -255,7 +255,7 @@ def used_memory(device):
 
 def check(stage, config, batch, device, dtype):
     """Trains two steps of `batch` random images and prints what was estimated beside what was measured."""
-    rate, before = matrix_rate(device, dtype), used_memory(device)
+    before = used_memory(device)
     parts = build(stage, config)
     trained = list(parts.trained.to(device).parameters())
     if parts.frozen:
@@ -276,7 +276,7 @@ def check(stage, config, batch, device, dtype):
     measured, m = used_memory(device) - before, memory(stage, config, 1, device.type, dtype, batch)
     counter = FlopCounterMode(display=False)
     dry_run(stage, config, batch, counter)
-    flops = counter.get_total_flops()
+    flops, rate = counter.get_total_flops(), matrix_rate(device, dtype)        # its matrices are not to count as memory
     print(f"memory: {(m.state + m.activations) / 1e9:.2f} GB estimated ({m.state / 1e9:.2f} state, "
           f"{m.activations / 1e9:.2f} activations), {measured / 1e9:.2f} GB measured\n"
           f"speed: {flops / 1e12:.3f} TFLOP in {seconds:.2f} s, "
