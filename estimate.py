@@ -14,9 +14,10 @@ import statistics
 import sys
 import time
 import weakref
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import NamedTuple
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -102,7 +103,7 @@ def forward_backward(stage, config, parts, batch, device, dtype):
         cond = torch.zeros(batch, model.cond_length, dtype=torch.int64, device=device)
         with autocast:
             loss = model(codes, hidden, cond)[0].mean()
-        torch.autograd.backward(loss)           # inside of loss.backward(), Pretend would not hold for what is recomputed
+        loss.backward()
         return loss.detach()
     import train_vae
     x = torch.rand(batch, 3, c.resolution, c.resolution, device=device) * 2 - 1
@@ -144,31 +145,37 @@ class Peak(TorchDispatchMode):
         self.peak = max(self.peak, self.held)
 
 
-class Pretend(TorchFunctionMode):
-    """Lets fake tensors, which are the CPU's, run a step in which `hidden` stacks of each image are hidden (None: all);
-    with `cuda`, as a GPU would: fused attention, and normalisation in float32 under autocast."""
+class Hidden(TorchFunctionMode):
+    """Nobody knows how many stacks a fake mask selects: h[mask] takes the first `count` of each image (None: all)."""
 
-    def __init__(self, hidden, cuda):
-        self.hidden, self.cuda = hidden, cuda
+    def __init__(self, count):
+        self.count = count
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function is torch.Tensor.__getitem__ and getattr(args[1], "dtype", None) == torch.bool:
-            return args[0][:, :self.hidden].flatten(0, 1).clone()  # h[mask]: nobody knows how many a fake mask selects
-        if self.cuda and function == torch.Tensor.is_cuda.__get__:     # `is` never holds: each look makes a new object
-            return True
-        if self.cuda and function is F.scaled_dot_product_attention and args[0].dim() == 4:
-            return torch.ops.aten._scaled_dot_product_flash_attention(*args, 0.0, kwargs["is_causal"])[0]
-        if self.cuda and function in (F.layer_norm, F.group_norm):
-            args = (args[0].float(), *args[1:])
+            return args[0][:, :self.count].flatten(0, 1).clone()
         return function(*args, **(kwargs or {}))
+
+
+@contextmanager
+def like_cuda():
+    """Fake tensors are the CPU's; inside, they do what a GPU does: fused attention, and normalisation in float32 under
+    autocast. Patched and not a mode, because no mode holds in the backward pass, where recomputation happens."""
+    float32 = lambda function: lambda x, *values, **named: function(x.float(), *values, **named)
+    explicit, flash = drr.attention, torch.ops.aten._scaled_dot_product_flash_attention
+    fused = lambda q, k, v, causal=False: flash(q, k, v, 0.0, causal)[0] if q.dim() == 4 else explicit(q, k, v, causal)
+    with (mock.patch.object(drr, "attention", fused), mock.patch.object(F, "layer_norm", float32(F.layer_norm)),
+          mock.patch.object(F, "group_norm", float32(F.group_norm))):
+        yield
 
 
 def dry_run(stage, config, batch, counter, hidden=None, device_type="cpu", dtype=torch.float32):
     """Runs forward_backward on fake tensors under `counter` (Peak or FlopCounterMode); returns the modules it ran."""
     from torch._subclasses.fake_tensor import FakeTensorMode       # takes a second, which only an estimate should cost
     device = torch.device("cpu")
+    cuda = like_cuda() if device_type == "cuda" else nullcontext()
     # One thread, also on a machine with a GPU: a mode holds in the thread that it was entered in.
-    with FakeTensorMode(), Pretend(hidden, device_type == "cuda"), torch.autograd.set_multithreading_enabled(False):
+    with FakeTensorMode(), Hidden(hidden), cuda, torch.autograd.set_multithreading_enabled(False):
         parts = build(stage, config)
         for p in parts.trained.parameters():
             p.grad = torch.zeros_like(p)                           # as from the second micro-batch on
@@ -235,7 +242,7 @@ def used_memory(device):
 
 def check(stage, config, batch, device, dtype):
     """Trains two steps of `batch` random images and prints what was estimated beside what was measured."""
-    rate, before = matrix_rate(device, dtype), used_memory(device)
+    before = used_memory(device)
     parts = build(stage, config)
     trained = list(parts.trained.to(device).parameters())
     if parts.frozen:
@@ -256,7 +263,7 @@ def check(stage, config, batch, device, dtype):
     measured, m = used_memory(device) - before, memory(stage, config, 1, device.type, dtype, batch)
     counter = FlopCounterMode(display=False)
     dry_run(stage, config, batch, counter)
-    flops = counter.get_total_flops()
+    flops, rate = counter.get_total_flops(), matrix_rate(device, dtype)        # its matrices are not to count as memory
     print(f"memory: {(m.state + m.activations) / 1e9:.2f} GB estimated ({m.state / 1e9:.2f} state, "
           f"{m.activations / 1e9:.2f} activations), {measured / 1e9:.2f} GB measured\n"
           f"speed: {flops / 1e12:.3f} TFLOP in {seconds:.2f} s, "

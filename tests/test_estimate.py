@@ -32,7 +32,7 @@ def allocated(events):
     ("vae", torch.float32, False), ("transformer", torch.bfloat16, False), ("transformer", torch.bfloat16, True)])
 def test_the_activations_are_those_of_a_real_step(stage, dtype, recompute):
     config = small(stage, recompute)
-    config.vae.perceptual_weight = 0       # VGG16 is so large beside this RQ-VAE that its kernels' own memory would count
+    config.vae.perceptual_weight = 0       # VGG16 is so large beside this RQ-VAE that its kernels' own memory counts
     guess = estimate.memory(stage, config, 1, "cpu", dtype, batch=8).activations
     parts = estimate.build(stage, config)
     own = {t.untyped_storage()._cdata for m in (parts.trained, parts.frozen or parts.trained)
