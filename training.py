@@ -91,7 +91,8 @@ def parallel(module, device):
     business."""
     if ranks()[1] == 1:
         return module
-    return DistributedDataParallel(module, [device] if device.type == "cuda" else None, broadcast_buffers=False)
+    return DistributedDataParallel(module, [device] if device.type == "cuda" else None, broadcast_buffers=False,
+                                   gradient_as_bucket_view=True)
 
 
 def shard(transformer, ema):

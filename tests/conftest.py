@@ -1,7 +1,11 @@
 """What the tests share: the path to the scripts, small configurations, small models."""
+import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+
+if "PYTEST_XDIST_WORKER" in os.environ:       # several workers share the cores: one thread each, also in what they start
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch
