@@ -109,6 +109,8 @@ def run(main):
     """Calls main(); a user's mistake, a full disk and the like end in one sentence and exit status 2."""
     try:
         main()
+        if ranks()[1] > 1:
+            dist.destroy_process_group()
     except UserError as error:
         text = str(error).strip()
         if text.startswith("Caught "):                       # in a worker process, with its traceback in front

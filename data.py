@@ -452,6 +452,10 @@ def encode_views(views, vae, path, index_path, device, dtype):
         codes.flush()                                        # first the codes, then the note that they are there
         state[views.file[index]], state[views.file[bad]] = ENCODED, UNREADABLE
     barrier()
+    left = int((state[views.file[starts]] == TO_DO).sum())
+    if left:                                                 # a network disk need not show one machine what another wrote
+        raise UserError(f"The codes of {left} files did not reach {part}; compute the cache on one machine first, by "
+                        "starting the training there, then start on all.")
     views.report(starts[state[views.file[starts]] == UNREADABLE])
     if rank == 0:
         good = np.flatnonzero(state[views.file] == ENCODED)

@@ -20,6 +20,7 @@ import hashlib
 import json
 import math
 import os
+import uuid
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -633,7 +634,7 @@ def replacing(path):
     """Gives a temporary path beside `path` to write to, and moves it there only when all of it has been written.
     Raises UserError when the disk is full or the place cannot be written to; what was there before stays."""
     path = Path(path)
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")
+    temporary = path.with_name(f".writing-{uuid.uuid4().hex[:8]}-{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary

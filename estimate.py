@@ -199,7 +199,7 @@ def memory(stage, config, world=1, device_type="cuda", dtype=torch.bfloat16, bat
     context (about 0.5 GB), gaps between the allocator's blocks, what cuDNN and NCCL take, training data on the device.
     """
     c, peak = getattr(config, stage), Peak()
-    parts = dry_run(stage, config, batch or micro_batch(c, world), peak, device_type=device_type, dtype=dtype)
+    parts = dry_run(stage, config, batch or micro_batch(stage, c, world), peak, device_type=device_type, dtype=dtype)
     size = lambda tensors: sum(t.numel() * t.element_size() for t in tensors)
     weights = size(parts.trained.parameters())
     shards = world if getattr(c, "shard", False) else 1
@@ -220,12 +220,17 @@ def flops_per_image(stage, config):
     return counter.get_total_flops()
 
 
-def micro_batch(c, world):
-    """How many images a device takes at a time: c.micro_batch, or 0 for its whole share of the step."""
+def micro_batch(name, c, world):
+    """How many images a device takes at a time: c.micro_batch, or 0 for its whole share of the step. Raises UserError where
+    the batch cannot be shared by `world` processes in such pieces."""
     if c.batch_size % world:
-        raise UserError(f"batch_size {c.batch_size} is no multiple of {world} GPUs; change one of them.")
+        raise UserError(f"{name}.batch_size {c.batch_size} is no multiple of the {world} processes; change one of them.")
     share = c.batch_size // world
-    return min(share, c.micro_batch or share)
+    micro = min(c.micro_batch or share, share)
+    if share % micro:
+        raise UserError(f"{name}.micro_batch {c.micro_batch} does not divide {share}, the share of one process of "
+                        f"{name}.batch_size {c.batch_size}; change one of them.")
+    return micro
 
 
 # === One real step, to see whether all that is true =================================================================
@@ -312,7 +317,7 @@ def main():
                 if (sections, world) not in known:
                     known[sections, world] = memory(stage, config, world, device.type, dtype)
                 flops, m = known[sections] * c.batch_size, known[sections, world]
-                print(f"{name:16}  {stage:11}  {world:4d}  {micro_batch(c, world):11d}  {m.parameters / 1e6:9.1f}M  "
+                print(f"{name:16}  {stage:11}  {world:4d}  {micro_batch(stage, c, world):11d}  {m.parameters / 1e6:9.1f}M  "
                       f"{m.state / 1e9:8.2f}  {m.activations / 1e9:14.2f}  {(m.state + m.activations) / 1e9:8.2f}  "
                       f"{flops / 1e12:12.4g}  {c.steps * flops / (rate * args.mfu * world) / 3600:8.2f}", flush=True)
 

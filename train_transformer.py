@@ -64,8 +64,8 @@ def main():
     titles = data.class_titles(args.data, classes)
     views = data.Views(files, labels, classes, vae.size, c.batch_size, config.data)
     views.own = own
-    settings = training.settings_of(config, ("transformer", "data"), str(dtype), files=data.fingerprint(files),
-                                    codes_of=drr.fingerprint(vae))
+    settings = training.settings_of(config, ("transformer", "data"), str(dtype), data.fingerprint(files),
+                                    **{"the RQ-VAE": drr.fingerprint(vae)})
     online = c.soft_labels or c.stochastic_codes               # these need z, which is too large to store
     if not online:
         cache = data.cached_codes(views, vae, out / "codes", device, dtype)       # (1 or 2, M, N, D)
@@ -77,19 +77,23 @@ def main():
 
     # --- model -------------------------------------------------------------------------------------------------------
     n = drr.conditions(c, classes)
-    transformer = drr.ContextualRQTransformer(c, n, N, D, vae.quantizer.codebook).to(device)
+    transformer = drr.ContextualRQTransformer(c, n, N, D, vae.quantizer.codebook.cpu())
     transformer.recompute = c.recompute
-    if args.init and not args.resume:
+    if args.init:
         drr.fill(transformer, drr.read_model(args.init)[0], args.init)
     ema = copy.deepcopy(transformer).requires_grad_(False).eval()                 # the result: a moving average
-    whole_ema = training.shard(transformer, ema) if c.shard else lambda: ema
+    if c.shard:
+        whole_ema = training.shard(transformer, ema)
+    else:
+        transformer.to(device), ema.to(device)
+        whole_ema = lambda: ema
     matrices = [p for p in transformer.parameters() if p.dim() > 1]
     vectors = [p for p in transformer.parameters() if p.dim() == 1]               # biases and gains do not decay
     opt = torch.optim.AdamW([{"params": matrices, "weight_decay": c.weight_decay},
                              {"params": vectors, "weight_decay": 0.0}], lr=c.lr, betas=tuple(c.betas), fused=True)
     parts = {"transformer": transformer, "ema": ema, "opt": opt}
     states = training.States(out, "transformer", parts, settings, c.keep, sharded=transformer if c.shard else None)
-    start = states.load(args.force) if args.resume else 0
+    start = states.begin(args.resume, args.force)
     forward = torch.compile(transformer) if c.compile else transformer
     forward = forward if c.shard else training.parallel(forward, device)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
@@ -103,14 +107,19 @@ def main():
         (loss.mean() * weight * world).backward()              # the gradients are averaged over the ranks, hence `world`
         return torch.stack([loss.detach(), accuracy]) * weight
 
+    def encode(images):
+        with torch.no_grad(), autocast:
+            return vae.encode_latent(images).float()           # z (B, N, n_z)
+
     def to_cond(labels):
         return (labels if c.cond == "class" else torch.zeros_like(labels)).to(device)[:, None]        # (B, 1)
 
     # --- what it will take: one micro-batch is tried -------------------------------------------------------------------
     like = torch.zeros(len(own) // count, N, D, dtype=torch.int64, device=device)
     mask = (torch.arange(N, device=device) < 2 / math.pi * N).expand(len(like), N)                     # the mean share
-    z = torch.zeros(*like.shape[:2], config.vae.code_dim, device=device) if c.soft_labels else None
-    cost = training.measure(lambda: backward(like, mask, to_cond(like[:, 0, 0]), z, 1), count, parts, device, dtype)
+    grey = torch.zeros(len(like), 3, vae.size, vae.size, device=device)
+    cost = training.measure(lambda: backward(like, mask, to_cond(like[:, 0, 0]), encode(grey) if online else None, 1),
+                            count, parts, device, dtype)
     training.announce("transformer", c, cost, start, count, device, dtype)
     log = training.Log(out, "transformer", start, args.tensorboard)
     print(f"{sum(p.numel() for p in transformer.parameters()) / 1e6:.1f}M parameters, {len(views)} views, {len(classes)} "
@@ -127,8 +136,7 @@ def main():
         hidden, mask = mask.sum(), mask[own].to(device)
         if online:
             pictures, labels, _ = next(images)
-            with torch.no_grad(), autocast:
-                z = torch.cat([vae.encode_latent(data.to_float(x, device)) for x in pictures.chunk(count)]).float()
+            z = torch.cat([encode(data.to_float(x, device)) for x in pictures.chunk(count)])
             temperature = c.code_temperature if c.stochastic_codes else 0.0
             codes, z = vae.quantizer.quantize(z, temperature, code_noise[own].to(device))[0], z.chunk(count)
         else:
@@ -148,7 +156,7 @@ def main():
         if broken:
             loss = training.total(result)[0].tolist()
             terms = {f"the loss of depth {d + 1}": v for d, v in enumerate(loss)}
-            training.refuse_infinity(terms, step, "a lower transformer.lr")
+            training.refuse_infinity(terms, step, states.last, "a lower transformer.lr")
         opt.step()
         opt.zero_grad(set_to_none=True)
         decay = min(c.weights_ema, (1 + step) / (10 + step))   # a short memory at first, so that the start is forgotten
@@ -170,12 +178,13 @@ def main():
                    "images_per_s": rate, "tokens_per_s": rate * N * D, "mfu": cost.mfu(rate / c.batch_size), "val_loss": "",
                    **{f"{name}_{d + 1}": v for name, values in by_depth.items() for d, v in enumerate(values)}}
             if look and rank == 0:
+                result_ema.to(device)
                 if val is not None:
                     noise = training_noise(config.data.seed, 0, len(val), N, D)[0]                     # always the same
                     mask = drr.random_mask(noise).to(device)
                     row["val_loss"] = validation_loss(result_ema, val, mask, to_cond(val_labels), dtype)
                 save_picture(sample_grid(vae, result_ema, n, config, device, dtype), out / f"samples_{step:06d}.png")
-                clock = time.time()
+                result_ema.to("cpu" if c.shard else device)
             log.write(row)
             bar.set_postfix_str(f"loss {row['loss']:.3f} {rate:.0f} img/s")
             tqdm.write(f"step {step} loss {row['loss']:.3f} by depth {' '.join(f'{v:.2f}' for v in loss)} "
@@ -183,11 +192,12 @@ def main():
                        f"{rate:.0f} img/s {row['tokens_per_s']:,.0f} tokens/s MFU {row['mfu']:.0%}"
                        + (f" val_loss {row['val_loss']:.4f}" if row["val_loss"] != "" else ""))
         if save:
-            if rank == 0:
-                drr.save_transformer(out / "transformer.safetensors", result_ema, config, classes, titles, vae)
             states.save(step)
+            if rank == 0 and not stopping:
+                drr.save_transformer(out / "transformer.safetensors", result_ema, config, classes, titles, vae)
         if look:
             log.draw()
+            clock, seen = time.time(), 0                       # the speed is that of training
         if stopping and not last:
             stop.leave(step)
     if start >= c.steps:       # nothing was left to train: write the result again, with today's sampling defaults

@@ -121,30 +121,30 @@ def main():
     if c.compile and device.type == "cpu":
         raise UserError("vae.compile is for a GPU: on a CPU the compiled RQ-VAE had wrong gradients in bf16 (torch 2.13).")
     own, count = training.micro_batches("vae", c)
+    distance = perceptual_loss(c.perceptual, device) if c.perceptual_weight else None
     torch.manual_seed(config.data.seed)                        # the initial weights; nothing else draws from it
 
     # --- data --------------------------------------------------------------------------------------------------------
     files, labels, classes = data.find_images(args.data, index=out / "shards")
     views = data.Views(files, labels, classes, c.resolution, c.batch_size, config.data)
-    views.own = own
-    settings = training.settings_of(config, ("vae", "data"), str(dtype), files=data.fingerprint(files))
+    settings = training.settings_of(config, ("vae", "data"), str(dtype), data.fingerprint(files))
     if config.data.in_memory:
         views.load(device)
     val, _ = data.validation_images(args.data, c.resolution, 512, classes, out / "shards")
     val = data.to_float(views[0][0][:512] if val is None else val, device)     # without DIR/val: some training images
+    views.own = own
 
     # --- model -------------------------------------------------------------------------------------------------------
     vae = drr.RQVAE(c).to(device)
     opt = torch.optim.Adam(vae.parameters(), lr=c.lr, betas=tuple(c.betas))
-    lpips = perceptual_loss(c.perceptual, device) if c.perceptual_weight else None
     disc = disc_opt = None
     if c.disc_weight:
         disc = PatchDiscriminator(c.disc_ch, c.disc_layers).to(device)
         disc_opt = torch.optim.Adam(disc.parameters(), lr=c.lr, betas=tuple(c.betas))
     parts = {"vae": vae, "opt": opt, "disc": disc, "disc_opt": disc_opt}
     states = training.States(out, "vae", parts, settings, c.keep)
-    start = states.load(args.force) if args.resume else 0
-    if args.init and not start:
+    start = states.begin(args.resume, args.force)
+    if args.init:
         drr.fill(vae, drr.read_model(args.init)[0], args.init)
     if c.compile:
         torch._functorch.config.donated_buffer = False         # adaptive_weight goes through the graph twice
@@ -161,9 +161,9 @@ def main():
         recon = recon.float()
         error = (recon - x).abs().mean() if c.loss == "l1" else (recon - x).square().mean()
         perceptual = gan = d_loss = real = fake = weight = torch.zeros((), device=device)
-        if lpips:
+        if distance:
             with autocast if c.perceptual == "efficientnet" else nullcontext():
-                perceptual = lpips(recon, x).mean()
+                perceptual = distance(recon, x).mean()
         loss = error + c.perceptual_weight * perceptual + c.commitment_weight * quantized * commitment
         if adversarial:
             disc.requires_grad_(False)                         # L_gan = -mean D(x_hat); lambda balances its gradient
@@ -207,9 +207,12 @@ def main():
             vectors.append(residuals)
             chosen.append(codes)
         norm = nn.utils.clip_grad_norm_(vae.parameters(), c.grad_clip or float("inf"))
-        stopping, broken = training.on_any_rank(stop.received, not torch.isfinite(norm + terms.sum()), device=device)
+        disc_norm = nn.utils.get_total_norm([p.grad for p in disc.parameters()]) if adversarial else torch.zeros_like(norm)
+        finite = torch.isfinite(norm + disc_norm + terms.sum())
+        stopping, broken = training.on_any_rank(stop.received, not finite, device=device)
         if broken:
-            training.refuse_infinity(dict(zip(TERMS, training.total(terms).tolist())), step, "a lower vae.lr")
+            named = dict(zip(TERMS, training.total(terms).tolist()), **{"the discriminator's gradient": disc_norm.item()})
+            training.refuse_infinity(named, step, states.last, "a lower vae.lr")
         opt.step()
         opt.zero_grad(set_to_none=True)
         if adversarial:
@@ -225,18 +228,18 @@ def main():
             rate, clock, seen = seen / (time.time() - clock), time.time(), 0
             usage, perplexity = (v.tolist() for v in drr.codebook_usage(training.everyones(codes), c.codebook_size))
             row = {"step": step, **dict(zip(TERMS, (training.total(terms) / world).tolist())),
-                   "grad_norm": norm.item(), "lr": opt.param_groups[0]["lr"], "images_per_s": rate,
-                   "mfu": cost.mfu(rate / c.batch_size),
+                   "grad_norm": norm.item(), "disc_grad_norm": disc_norm.item(), "lr": opt.param_groups[0]["lr"],
+                   "images_per_s": rate, "mfu": cost.mfu(rate / c.batch_size),
                    "unreadable": training.total(torch.tensor(unreadable, device=device)).item(),
                    **{f"usage_{d + 1}": v for d, v in enumerate(usage)},
                    **{f"perplexity_{d + 1}": v for d, v in enumerate(perplexity)}, "val_psnr": ""}
+            unreadable = 0
             if look and rank == 0:
                 vae.eval()
                 save_picture(grid(to_pixels(drr.reconstructions(vae, val[:8])), 1 + c.depth, max(1, 64 // c.resolution)),
                              out / f"vae_{step:06d}.png")
                 row["val_psnr"] = psnr(vae, val)
                 vae.train()
-                clock = time.time()
             log.write(row)
             bar.set_postfix_str(f"loss {row['loss']:.4f} {rate:.0f} img/s")
             balance = f"disc {row['disc']:.3f} ({row['logits_real']:+.2f} {row['logits_fake']:+.2f})" if adversarial else ""
@@ -246,11 +249,12 @@ def main():
                 balance, f"grad {row['grad_norm']:.3f} {rate:.0f} img/s MFU {row['mfu']:.0%}",
                 f"psnr {row['val_psnr']:.2f} dB" if row["val_psnr"] != "" else ""))))
         if step % c.save_every == 0 or last or stopping:
-            if rank == 0:
-                drr.save_vae(out / "vae.safetensors", vae, config)
             states.save(step)
+            if rank == 0 and not stopping:
+                drr.save_vae(out / "vae.safetensors", vae, config)
         if look:
             log.draw()
+            clock, seen = time.time(), 0                       # the speed is that of training
         if stopping and not last:
             stop.leave(step)
     if start >= c.steps and rank == 0:       # nothing was left to train

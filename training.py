@@ -48,7 +48,7 @@ def arguments(doc):
     parser.add_argument("--out", metavar="DIR", help="where checkpoints, pictures and logs go (runs/PRESET)")
     parser.add_argument("--init", metavar="FILE", help="start from the weights in this .safetensors")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")
-    parser.add_argument("--force", action="store_true", help="resume even with other settings or other data than before")
+    parser.add_argument("--force", action="store_true", help="resume with other settings or data than before, or start over")
     parser.add_argument("--tensorboard", action="store_true", help="write OUT/tensorboard, too")
     add_device_arguments(parser)
     return parser
@@ -60,7 +60,11 @@ def join_ranks(args):
     device, dtype = pick_device(args)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            local, found = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+            if local >= found:
+                raise UserError(f"torchrun started process {local + 1} on a machine with {found} GPUs; lower "
+                                "--nproc_per_node.")
+            device = torch.device("cuda", local)
             torch.cuda.set_device(device)
         # The timeout is for what one rank does while the others wait: pictures, checkpoints, its share of the token cache.
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
@@ -76,13 +80,7 @@ def micro_batches(name, c):
     takes a micro-batch makes no difference; its size does, to a discriminator with BatchNorm.
     """
     rank, world = ranks()
-    if c.batch_size % world:
-        raise UserError(f"{name}.batch_size {c.batch_size} is no multiple of the {world} processes; change one of them.")
-    share = c.batch_size // world
-    micro = min(c.micro_batch or share, share)
-    if share % micro:
-        raise UserError(f"{name}.micro_batch {c.micro_batch} does not divide {share}, the share of one process of "
-                        f"{name}.batch_size {c.batch_size}; change one of them.")
+    share, micro = c.batch_size // world, estimate.micro_batch(name, c, world)
     return np.arange(rank * share, (rank + 1) * share), share // micro
 
 
@@ -91,16 +89,17 @@ def parallel(module, device):
     business."""
     if ranks()[1] == 1:
         return module
-    return DistributedDataParallel(module, [device] if device.type == "cuda" else None, broadcast_buffers=False,
-                                   gradient_as_bucket_view=True)
+    return DistributedDataParallel(module, [device] if device.type == "cuda" else None, broadcast_buffers=False)
 
 
 def shard(transformer, ema):
     """Spreads the weights of both, the gradients and the optimizer's state over the ranks (FSDP2, ZeRO stage 3), block by
-    block. Returns a function, for all ranks to call together, that gives rank 0 the whole average."""
-    if ranks()[1] == 1:
+    block; give it the models on the CPU, it takes the parts to the GPUs. Returns a function, for all ranks to call together,
+    that gives rank 0 the whole average, on the CPU."""
+    rank, world = ranks()
+    if world == 1:
         raise UserError("transformer.shard spreads the model over several processes; start with torchrun, or leave it off.")
-    whole = copy.deepcopy(ema)
+    whole = copy.deepcopy(ema) if rank == 0 else None
     for model in (transformer, ema):
         for block in (*model.spatial, *model.depthwise):
             fully_shard(block)
@@ -108,7 +107,7 @@ def shard(transformer, ema):
 
     def gather():
         state = get_model_state_dict(ema, options=FULL)
-        if ranks()[0] == 0:
+        if rank == 0:
             whole.load_state_dict(state)
         return whole
     return gather
@@ -116,12 +115,10 @@ def shard(transformer, ema):
 
 def synchronize_gradients(modules, on):
     """Whether the next forward and backward passes of these modules average their gradients over the ranks: at the last
-    micro-batch of a step only."""
+    micro-batch of a step only. FSDP does it at each one; waiting would take the memory that it is there to spare."""
     for module in modules:
         if isinstance(module, DistributedDataParallel):
             module.require_backward_grad_sync = on             # what its context manager `no_sync` sets
-        elif hasattr(module, "set_requires_gradient_sync"):
-            module.set_requires_gradient_sync(on)              # FSDP2
 
 
 def full(tensor):
@@ -147,8 +144,8 @@ def everyones(codes):
 
 
 class Cost(NamedTuple):
-    flops: float        # operations of a step on this rank: matrix products, convolutions, attention; 2 for a multiply-add
-    memory: int         # bytes that weights, gradients, optimizer, averages and activations take on this device
+    flops: float        # operations of a step on this rank, those of recomputation too: products, convolutions, attention
+    memory: int         # bytes that weights, gradients, optimizer, average and activations take on this device
     seconds: float      # of a step
     peak: float         # operations per second of plain matrix products on this device
 
@@ -160,6 +157,8 @@ class Cost(NamedTuple):
 def measure(backward, count, parts, device, dtype):
     """The Cost of a step of `count` micro-batches, from trying one: `backward` runs it and leaves nothing but gradients."""
     counter, memory = FlopCounterMode(display=False), estimate.Peak()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     with torch.compiler.set_stance("force_eager"), torch.autograd.set_multithreading_enabled(False), counter, memory:
         backward()
     backward()                                                 # compiles, where it is to be compiled
@@ -167,15 +166,18 @@ def measure(backward, count, parts, device, dtype):
     start = time.perf_counter()
     backward()
     estimate.synchronize(device)
-    seconds, state = time.perf_counter() - start, 0
-    for part in filter(None, parts.values()):
-        if isinstance(part, torch.optim.Optimizer):            # two moments of each weight; gradients are in the peak
-            state += 2 * sum(nbytes(p) for group in part.param_groups for p in group["params"])
-            part.zero_grad(set_to_none=True)
-        else:
-            state += sum(nbytes(t) for t in (*part.parameters(), *part.buffers()))
-    return Cost(counter.get_total_flops() * count, state + memory.peak, seconds * count,
-                estimate.matrix_rate(device, dtype, 0.3))
+    seconds = time.perf_counter() - start
+    optimizers = [part for part in parts.values() if isinstance(part, torch.optim.Optimizer)]
+    # Adam's moments come with the first step, if they have not been loaded; gradients are there now.
+    peak = sum(2 * nbytes(p) for opt in optimizers if not opt.state for group in opt.param_groups for p in group["params"])
+    if device.type == "cuda":
+        peak += torch.cuda.max_memory_allocated(device)
+    else:
+        modules = [part for part in parts.values() if isinstance(part, torch.nn.Module)]
+        peak += memory.peak + sum(nbytes(t) for module in modules for t in (*module.parameters(), *module.buffers()))
+    for opt in optimizers:
+        opt.zero_grad(set_to_none=True)
+    return Cost(counter.get_total_flops() * count, peak, seconds * count, estimate.matrix_rate(device, dtype, 0.3))
 
 
 def nbytes(tensor):
@@ -186,7 +188,7 @@ def nbytes(tensor):
 def announce(name, c, cost, start, count, device, dtype):
     """Says what the training will take, before it starts."""
     _, world = ranks()
-    steps = c.steps - start
+    steps = max(0, c.steps - start)
     duration = tqdm.format_interval(steps * cost.seconds)
     print(f"{name}: {steps} steps of {c.batch_size} images, on {world} x {device.type} {str(dtype)[6:]} in {count} "
           f"micro-batches of {c.batch_size // world // count}; about {cost.memory / 1e9:.2f} GB each; "
@@ -205,7 +207,7 @@ class StopSignal:
         """Ends the process with the exit status of SIGTERM, all ranks together."""
         print(f"stopped by SIGTERM after step {step}, which is saved; go on with --resume")
         if ranks()[1] > 1:
-            dist.barrier()
+            dist.barrier()                                     # nobody is to be missed while rank 0 still writes
         sys.exit(128 + signal.SIGTERM)
 
 
@@ -217,17 +219,19 @@ def on_any_rank(*flags, device):
     return tuple(bool(flag) for flag in t)
 
 
-def refuse_infinity(terms, step, advice):
-    """Raises the UserError of a step whose loss or gradient is no finite number, naming which of the `terms` is not."""
+def refuse_infinity(terms, step, saved, advice):
+    """Raises the UserError of a step whose loss or gradient is no finite number, naming which of the `terms` is not.
+    saved: the path of the last state, or None."""
     bad = [name for name, value in terms.items() if not math.isfinite(value)]
-    raise UserError(f"At step {step + 1} {' and '.join(bad) or 'the gradient'} is not finite; the checkpoints before it are "
-                    f"good: go on with --resume, --force and {advice}, or start again with that.")
+    mend = f"{saved} is good: go on from it with --resume, --force and {advice}" if saved else f"start again with {advice}"
+    raise UserError(f"At step {step + 1} {' and '.join(bad) or 'the gradient'} is not finite; {mend}.")
 
 
 # === Checkpoints: OUT/STAGE_state_STEP.pt ===========================================================================
-# Keys of the configuration that may change between a run and its continuation; all others decide what is computed.
-HARMLESS = {"steps", "micro_batch", "log_every", "picture_every", "save_every", "keep", "compile", "recompute", "half",
-            "in_memory", "workers", "precision"}
+# Keys of the configuration that may well change between a run and its continuation: how long, how often, on what machine. A
+# change is said. (Of `steps` depends the cosine of the learning rate, of `micro_batch` what BatchNorm sees.)
+MAY_CHANGE = {"steps", "micro_batch", "log_every", "picture_every", "save_every", "keep", "compile", "recompute", "half",
+              "in_memory", "workers"}
 
 
 class States:
@@ -240,10 +244,11 @@ class States:
 
     def __init__(self, out, stage, parts, settings, keep, sharded=None):
         self.out, self.stage, self.parts, self.settings, self.keep = Path(out), stage, parts, settings, keep
-        self.sharded = sharded
-        self.stale = self.files()                              # until `load`: those of an earlier run in this folder
-        for half_written in self.out.glob(f".*.{stage}*") if ranks()[0] == 0 else ():
-            half_written.unlink(missing_ok=True)               # by a run that was killed
+        self.sharded, self.last = sharded, None                # last: the path of the newest good state of this run
+        self.stale = self.files()                              # those of an earlier run in this folder
+        for folder in (self.out, self.out / "codes") if ranks()[0] == 0 else ():
+            for half_written in folder.glob(".writing-*"):     # by a run that was killed
+                half_written.unlink(missing_ok=True)
 
     def files(self):
         """The states in the folder, oldest first."""
@@ -268,7 +273,18 @@ class States:
         for old in self.stale + [f for f in self.files() if f not in self.stale][:-self.keep]:
             if old != path:
                 old.unlink(missing_ok=True)
-        self.stale = []
+        self.stale, self.last = [], path
+
+    def begin(self, resume, force):
+        """The step to begin with: 0, or that of the restored state. Raises UserError as `load` does, and where a fresh start
+        would replace an earlier run."""
+        if resume:
+            return self.load(force)
+        if self.stale and not force:
+            step = int(self.stale[-1].stem.rpartition("_")[2])
+            raise UserError(f"{self.out} holds a training up to step {step}; add --resume to go on with it or --force to "
+                            "start over, or choose another --out.")
+        return 0
 
     def load(self, force=False):
         """Restores the newest state that is whole and returns its step. A damaged one is moved aside with a warning.
@@ -293,7 +309,7 @@ class States:
         self.compare(path, state["settings"], force)
         for name in present:
             self.restore(name, state[name], path)
-        self.stale = []
+        self.stale, self.last = [], path
         return state["step"]
 
     def newest_whole(self):
@@ -307,6 +323,9 @@ class States:
                     raise ValueError(f"{broken} does not have its checksum")
                 torch.load(path, map_location="cpu", weights_only=True, mmap=True)["step"]
                 return str(path), problem
+            except OSError as error:                 # of the disk or the network, not of the file: it may be good
+                raise UserError(f"{path} could not be read ({error}); try again, or move it away to take the one before.") \
+                    from None
             except Exception as error:               # truncated, a flipped byte, no torch file, a pickle with code in it
                 problem = f"{path.name}: {type(error).__name__}: {' '.join(str(error).split())[:100]}"
                 print(f"WARNING: {path} is damaged ({problem}); it is now called {path.name}.damaged, and the state before "
@@ -318,7 +337,7 @@ class States:
         names = sorted(before.keys() | self.settings.keys())
         changed = [name for name in names if before.get(name) != self.settings.get(name)]
         listed = lambda names: ", ".join(f"{n} (was {before.get(n)}, is {self.settings.get(n)})" for n in names)
-        serious = [name for name in changed if name.rpartition(".")[2] not in HARMLESS]
+        serious = [name for name in changed if name.rpartition(".")[2] not in MAY_CHANGE]
         if serious and not force:
             raise UserError(f"{path} belongs to a run with other settings: {listed(serious)}; go on with the old values, "
                             "add --force to go on with the new ones, or start without --resume.")
@@ -341,10 +360,11 @@ class States:
             raise UserError(f"{path} does not fit this model ({error}); start without --resume.") from None
 
 
-def settings_of(config, sections, precision, **others):
-    """A flat dictionary {"vae.lr": ..., ...} of these sections, the precision, and others, for `States`."""
+def settings_of(config, sections, precision, pictures, **others):
+    """A flat dictionary {"vae.lr": ..., ...} of these sections, the precision, the data's fingerprint, and others, for
+    `States`."""
     flat = {f"{s}.{k}": v for s in sections for k, v in vars(getattr(config, s)).items()}
-    return {**flat, "precision": precision, **others}
+    return {**flat, "precision": precision, "the pictures in --data": pictures, **others}
 
 
 # === Logs ===========================================================================================================
@@ -354,23 +374,22 @@ class Log:
 
     def __init__(self, out, stage, start, tensorboard=False):
         self.path, self.fields, self.board = Path(out) / f"{stage}.csv", None, None
-        rank, _ = ranks()
-        if rank == 0 and tensorboard:
+        if ranks()[0] > 0:
+            return
+        if tensorboard:
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError:
                 raise UserError("--tensorboard needs a package that is not here; "
                                 "pip install -r requirements-train.txt.") from None
-            self.board, self.stage = SummaryWriter(Path(out) / "tensorboard", purge_step=start), stage
-        if rank > 0:
-            self.path = Path(os.devnull)
-        elif not start:
+            self.board = SummaryWriter(Path(out) / "tensorboard" / stage, purge_step=start + 1)
+        if not start:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.path.unlink(missing_ok=True)
         elif self.path.exists():
             with open(self.path, newline="") as f:
                 reader = csv.DictReader(f)
-                rows = [row for row in reader if None not in row.values() and int(row["step"]) <= start]
+                rows = [row for row in reader if None not in (*row, *row.values()) and int(row["step"]) <= start]
             self.fields = list(reader.fieldnames or [])
             with replacing(self.path) as temporary, open(temporary, "w", newline="") as f:
                 writer = csv.DictWriter(f, self.fields)
@@ -379,6 +398,8 @@ class Log:
 
     def write(self, row):
         """row: {column: value}; "" where there is none. The first row of a file decides its columns."""
+        if ranks()[0] > 0:
+            return
         new = not self.fields
         self.fields = self.fields or list(row)
         with open(self.path, "a", newline="") as f:
@@ -388,13 +409,18 @@ class Log:
             writer.writerow(row)
         for name, value in row.items():
             if self.board and value != "" and name != "step":
-                self.board.add_scalar(f"{self.stage}/{name}", value, row["step"])
+                self.board.add_scalar(name, value, row["step"])
+        if self.board:
+            self.board.flush()
 
     def draw(self):
-        """OUT/plots.png from the CSVs, on rank 0, where matplotlib is installed."""
+        """OUT/plots.png from the CSVs, on rank 0, where matplotlib is installed. If it fails, training goes on."""
         if ranks()[0] == 0 and importlib.util.find_spec("matplotlib"):
-            import plots
-            plots.draw(self.path.parent)
+            try:
+                import plots
+                plots.draw(self.path.parent)
+            except Exception as error:
+                print(f"WARNING: plots.png was not drawn ({type(error).__name__}: {error})", file=sys.stderr)
 
 
 def learning_rate(step, c, decay=True):

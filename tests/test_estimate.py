@@ -116,9 +116,9 @@ def test_a_gpu_keeps_no_attention_matrices_and_normalises_in_float32():
 
 
 def test_a_batch_that_the_gpus_cannot_share_is_refused():
-    assert estimate.micro_batch(load_config("smoke", ["transformer.micro_batch=4"]).transformer, 2) == 4
-    with pytest.raises(estimate.UserError, match="no multiple of 3"):
-        estimate.micro_batch(load_config("smoke").transformer, 3)
+    assert estimate.micro_batch("transformer", load_config("smoke", ["transformer.micro_batch=4"]).transformer, 2) == 4
+    with pytest.raises(estimate.UserError, match="no multiple of the 3"):
+        estimate.micro_batch("transformer", load_config("smoke").transformer, 3)
 
 
 def test_the_script(monkeypatch, capsys):

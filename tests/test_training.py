@@ -134,15 +134,18 @@ def refused(done, *expected):
 @pytest.mark.parametrize("stage", SCRIPTS)
 def test_a_run_killed_ten_times_at_random_is_the_uninterrupted_run(forker, arguments, tmp_path, stage):
     """SIGKILL at random moments, ten of them for each stage; also between two files, or in the middle of one."""
-    moment = random.Random(time.time_ns())
+    seed = time.time_ns()
+    moment = random.Random(seed)
+    print("seed", seed)                                        # shown if it fails
     start = time.time()
     finished(forker.run(stage, *arguments(stage, tmp_path / "whole")))
     whole = time.time() - start
-    kills = survived = 0
+    kills = survived = resumed = 0
     while kills < 10:
         out = tmp_path / f"parts{survived}"
         while True:
             resume = ["--resume"] if list(out.glob(f"{stage}_state_*.pt")) else []
+            resumed += len(resume)
             pid = forker.start(stage, *arguments(stage, out, *resume))
             if kills < 10:
                 time.sleep(moment.uniform(0.2, 1) * whole)
@@ -156,6 +159,7 @@ def test_a_run_killed_ten_times_at_random_is_the_uninterrupted_run(forker, argum
         assert_same(tmp_path / "whole", out, stage)
         assert not [p.name for p in out.iterdir() if p.name.startswith(".")]   # nothing half-written stays behind
         survived += 1
+    assert resumed                                             # not every kill came before the first state
 
 
 def test_sigterm_saves_first_and_says_so(forker, arguments, tmp_path):
@@ -232,8 +236,11 @@ def test_without_a_whole_state_nothing_begins(resume):
     refused(resume("vae"), "No training state", "without --resume")
 
 
-def test_a_fresh_start_replaces_the_states_of_an_earlier_run(forker, resume, arguments):
-    finished(forker.run("vae", *arguments("vae", resume.out, steps=2)))
+def test_a_fresh_start_does_not_replace_an_earlier_run_but_by_force(forker, resume, arguments):
+    before = {f.name: f.read_bytes() for f in resume.out.iterdir() if f.is_file()}
+    refused(forker.run("vae", *arguments("vae", resume.out, steps=2)), "up to step 6", "--resume", "--force")
+    assert {f.name: f.read_bytes() for f in resume.out.iterdir() if f.is_file()} == before
+    finished(forker.run("vae", *arguments("vae", resume.out, "--force", steps=2)))
     assert [f.name for f in resume.out.glob("vae_state_*")] == ["vae_state_000000002.pt"]
 
 
@@ -261,11 +268,11 @@ def test_changed_data_is_noticed(resume, tmp_path):
     shutil.copytree(PHOTOS, tmp_path / "photos")
     finished(resume("vae", "--data", tmp_path / "photos"))                     # a copy of the data is the same data
     next((tmp_path / "photos" / "train").rglob("*.JPEG")).unlink()
-    refused(resume("vae", "--data", tmp_path / "photos"), "files", "--force")
+    refused(resume("vae", "--data", tmp_path / "photos"), "the pictures in --data", "--force")
 
 
 def test_another_vae_is_noticed(resume, smoke_vae, tmp_path):
-    refused(resume("transformer", "--vae", resume.out / "vae.safetensors"), "codes_of")
+    refused(resume("transformer", "--vae", resume.out / "vae.safetensors"), "the RQ-VAE")
 
 
 @pytest.mark.parametrize("state, override", [("transformer", ""), ("pickled", ""), ("whole", "vae.codebook_size=32"),
@@ -322,10 +329,10 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_term(resume, runs, stage,
 
 def test_the_term_that_is_not_finite_is_named():
     terms = {"loss": float("nan"), "reconstruction": 0.1, "perceptual": float("inf")}
-    with pytest.raises(UserError, match="At step 8 loss and perceptual is not finite.*lower"):
-        training.refuse_infinity(terms, 7, "a lower vae.lr")
-    with pytest.raises(UserError, match="At step 1 the gradient is not finite"):
-        training.refuse_infinity({"loss": 1.0}, 0, "a lower vae.lr")
+    with pytest.raises(UserError, match="At step 8 loss and perceptual is not finite; x.pt is good: .* a lower vae.lr"):
+        training.refuse_infinity(terms, 7, "x.pt", "a lower vae.lr")
+    with pytest.raises(UserError, match="At step 1 the gradient is not finite; start again with a lower vae.lr"):
+        training.refuse_infinity({"loss": 1.0}, 0, None, "a lower vae.lr")
 
 
 # === Several processes ==============================================================================================
@@ -427,6 +434,23 @@ def test_a_sharded_model_needs_several_processes(forker, arguments, tmp_path):
     refused(forker.run("transformer", *arguments("transformer", tmp_path / "run", "transformer.shard=true")), "torchrun")
 
 
+def test_sigterm_stops_all_ranks_at_the_same_step(arguments, tmp_path):
+    """Sent to one of them: the flag is everyone's."""
+    asks = """
+import os, signal, training
+rate = training.learning_rate
+def learning_rate(step, *rest):
+    if step == 3 and training.ranks()[0] == 1:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return rate(step, *rest)
+training.learning_rate = learning_rate
+"""
+    done = torchrun(2, "train_transformer.py", *arguments("transformer", "run", "transformer.save_every=50"), cwd=tmp_path,
+                    wrapper=asks)
+    assert done.returncode != 0 and "stopped by SIGTERM after step 4, which is saved" in done.output, done.output
+    assert [f.name for f in (tmp_path / "run").glob("*_state_*")] == ["transformer_state_000000004.pt"]
+
+
 # === Options ========================================================================================================
 @pytest.mark.parametrize("option", ["soft_labels", "stochastic_codes"])
 def test_options_of_the_rq_transformer_train(forker, arguments, tmp_path, option):
@@ -435,6 +459,23 @@ def test_options_of_the_rq_transformer_train(forker, arguments, tmp_path, option
     assert not (tmp_path / "run" / "codes").exists()
     plain, other = (rows(tmp_path / name, "transformer") for name in ("plain", "run"))
     assert plain[0]["loss"] != other[0]["loss"] and float(other[1]["loss"]) == pytest.approx(4.2, abs=0.3)    # ln 64
+
+
+def test_recomputation_changes_nothing(forker, arguments, tmp_path):
+    for recompute in (False, True):
+        finished(forker.run("transformer", *arguments("transformer", tmp_path / str(recompute), f"transformer.recompute={recompute}",
+                                                      steps=3)))
+    assert_same(tmp_path / "False", tmp_path / "True", "transformer")
+
+
+def test_a_plot_that_fails_does_not_stop_a_training(forker, arguments, tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed (requirements-train.txt)")
+    (tmp_path / "vae.csv").write_text("")
+    done = finished(forker.run("transformer", *arguments("transformer", tmp_path, steps=2)))
+    assert "WARNING: plots.png was not drawn" in done.output
+    (tmp_path / "vae.csv").unlink()
+    finished(forker.run("transformer", *arguments("transformer", tmp_path, "--force", steps=2)))
+    assert (tmp_path / "plots.png").exists()
 
 
 def test_init_starts_from_given_weights(forker, arguments, runs, tmp_path):
@@ -451,9 +492,9 @@ def test_tensorboard_gets_what_the_csv_gets(forker, arguments, tmp_path):
     pytest.importorskip("tensorboard", reason="tensorboard is not installed (requirements-train.txt)")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     finished(forker.run("transformer", *arguments("transformer", tmp_path, "--tensorboard", steps=3)))
-    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events = EventAccumulator(str(tmp_path / "tensorboard" / "transformer"))
     events.Reload()
-    losses = [(e.step, e.value) for e in events.Scalars("transformer/loss")]
+    losses = [(e.step, e.value) for e in events.Scalars("loss")]
     assert losses == [(int(r["step"]), pytest.approx(float(r["loss"]))) for r in rows(tmp_path, "transformer")]
 
 

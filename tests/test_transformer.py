@@ -305,6 +305,29 @@ def test_loss_at_the_start_is_that_of_a_uniform_guess(inputs):
     assert torch.all((loss - math.log(64)).abs() < 0.1)
 
 
+def test_soft_labels_are_the_cross_entropy_with_a_distribution(inputs):
+    """One-hot targets give the loss of the codes; others give -sum_k p_k log q_k, written out."""
+    codes, mask, cond = inputs
+    model, stacks = fresh(), codes[mask]
+    K = len(model.codebook)
+    hard, _ = drr.masked_loss(model, codes, mask, cond)
+    one_hot, _ = drr.masked_loss(model, codes, mask, cond, torch.nn.functional.one_hot(stacks, K).float())
+    assert torch.allclose(one_hot, hard, atol=1e-6)
+    targets = torch.rand(*stacks.shape, K, generator=torch.Generator().manual_seed(0)).softmax(-1)
+    logits = model.depth_logits(model.context(codes, mask, cond)[mask], stacks)
+    soft, _ = drr.masked_loss(model, codes, mask, cond, targets)
+    assert torch.allclose(soft, -(targets * logits.log_softmax(-1)).sum(-1).mean(0), atol=1e-5)
+
+
+def test_recomputed_activations_give_the_same_gradients(inputs):
+    model, gradients = fresh(24).train(), []
+    for model.recompute in (False, True):
+        model.zero_grad()
+        model(*inputs)[0].mean().backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients))
+
+
 def test_one_batch_can_be_learnt_by_heart(inputs):
     codes, mask, cond = inputs
     model = fresh(24)
