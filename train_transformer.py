@@ -93,7 +93,7 @@ def main():
                              {"params": vectors, "weight_decay": 0.0}], lr=c.lr, betas=tuple(c.betas), fused=True)
     parts = {"transformer": transformer, "ema": ema, "opt": opt}
     states = training.States(out, "transformer", parts, settings, c.keep, sharded=transformer if c.shard else None)
-    start = states.begin(args.resume, args.force)
+    start = states.begin(args)
     forward = torch.compile(transformer) if c.compile else transformer
     forward = forward if c.shard else training.parallel(forward, device)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
@@ -193,7 +193,7 @@ def main():
                        + (f" val_loss {row['val_loss']:.4f}" if row["val_loss"] != "" else ""))
         if save:
             states.save(step)
-            if rank == 0 and not stopping:
+            if rank == 0 and (last or not stopping):
                 drr.save_transformer(out / "transformer.safetensors", result_ema, config, classes, titles, vae)
         if look:
             log.draw()

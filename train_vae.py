@@ -143,7 +143,7 @@ def main():
         disc_opt = torch.optim.Adam(disc.parameters(), lr=c.lr, betas=tuple(c.betas))
     parts = {"vae": vae, "opt": opt, "disc": disc, "disc_opt": disc_opt}
     states = training.States(out, "vae", parts, settings, c.keep)
-    start = states.begin(args.resume, args.force)
+    start = states.begin(args)
     if args.init:
         drr.fill(vae, drr.read_model(args.init)[0], args.init)
     if c.compile:
@@ -229,7 +229,7 @@ def main():
             usage, perplexity = (v.tolist() for v in drr.codebook_usage(training.everyones(codes), c.codebook_size))
             row = {"step": step, **dict(zip(TERMS, (training.total(terms) / world).tolist())),
                    "grad_norm": norm.item(), "disc_grad_norm": disc_norm.item(), "lr": opt.param_groups[0]["lr"],
-                   "images_per_s": rate, "mfu": cost.mfu(rate / c.batch_size),
+                   "images_per_s": rate, "mfu": "" if disc and not adversarial else cost.mfu(rate / c.batch_size),
                    "unreadable": training.total(torch.tensor(unreadable, device=device)).item(),
                    **{f"usage_{d + 1}": v for d, v in enumerate(usage)},
                    **{f"perplexity_{d + 1}": v for d, v in enumerate(perplexity)}, "val_psnr": ""}
@@ -246,11 +246,11 @@ def main():
             tqdm.write(" ".join(filter(None, (
                 f"step {step} loss {row['loss']:.4f} {c.loss} {row['reconstruction']:.4f} commit {row['commitment']:.4f}",
                 f"usage {' '.join(f'{u:.2f}' for u in usage)} perplexity {' '.join(f'{p:.0f}' for p in perplexity)}",
-                balance, f"grad {row['grad_norm']:.3f} {rate:.0f} img/s MFU {row['mfu']:.0%}",
+                balance, f"grad {row['grad_norm']:.3f} {rate:.0f} img/s", row["mfu"] != "" and f"MFU {row['mfu']:.0%}",
                 f"psnr {row['val_psnr']:.2f} dB" if row["val_psnr"] != "" else ""))))
         if step % c.save_every == 0 or last or stopping:
             states.save(step)
-            if rank == 0 and not stopping:
+            if rank == 0 and (last or not stopping):
                 drr.save_vae(out / "vae.safetensors", vae, config)
         if look:
             log.draw()

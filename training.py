@@ -275,12 +275,14 @@ class States:
                 old.unlink(missing_ok=True)
         self.stale, self.last = [], path
 
-    def begin(self, resume, force):
+    def begin(self, args):
         """The step to begin with: 0, or that of the restored state. Raises UserError as `load` does, and where a fresh start
         would replace an earlier run."""
-        if resume:
-            return self.load(force)
-        if self.stale and not force:
+        if args.resume and args.init:
+            raise UserError("--init starts from given weights, --resume goes on with its own; give one of them.")
+        if args.resume:
+            return self.load(args.force)
+        if self.stale and not args.force:
             step = int(self.stale[-1].stem.rpartition("_")[2])
             raise UserError(f"{self.out} holds a training up to step {step}; add --resume to go on with it or --force to "
                             "start over, or choose another --out.")

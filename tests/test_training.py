@@ -486,6 +486,7 @@ def test_init_starts_from_given_weights(forker, arguments, runs, tmp_path):
         one, two = load_file(given), weights(tmp_path / stage, stage)
         assert all(torch.allclose(one[k].float(), two[k].float(), atol=1e-3) for k in one if "quantizer" not in k)
     refused(forker.run("vae", *arguments("vae", tmp_path / "x", "--init", tmp_path / "nowhere")), "nowhere")
+    refused(forker.run("vae", *arguments("vae", runs / "vae", "--init", runs / "vae" / "vae.safetensors", "--resume")), "one of")
 
 
 def test_tensorboard_gets_what_the_csv_gets(forker, arguments, tmp_path):
