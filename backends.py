@@ -151,7 +151,6 @@ class OrtGraph:
         except ImportError as error:
             raise UserError(f"--backend onnx needs onnxruntime ({error}); pip install -r requirements-export.txt.") from None
         self.graph, self.device = manifest["graphs"][name], device
-        precision = manifest["precision"]
         types = {dtype for _, _, dtype in self.graph["inputs"] + self.graph["outputs"]}
         if device.type == "cpu" and "bfloat16" in types:
             raise UserError("ONNX Runtime's CPU provider has no bf16; use --device cuda, or export with --precision fp32.")

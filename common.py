@@ -1,5 +1,4 @@
 """What the scripts share besides the method itself: configuration, devices, errors, pictures."""
-import argparse
 import contextlib
 import difflib
 import io

@@ -1,6 +1,6 @@
 """Stage 2: trains the Contextual RQ-Transformer on the codes of a trained RQ-VAE.
 
-    python train_transformer.py smoke --data DIR              # after train_vae.py smoke; half a minute
+    python train_transformer.py smoke --data DIR              # after train_vae.py smoke; ten seconds
     python train_transformer.py tiny-imagenet-32 --data DIR   # reads runs/tiny-imagenet-32/vae.safetensors
     python sample.py --checkpoint runs/tiny-imagenet-32 --class 980
 """

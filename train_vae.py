@@ -1,6 +1,6 @@
 """Stage 1: trains the RQ-VAE that turns images into stacks of codes.
 
-    python train_vae.py smoke --data DIR                      # any folder of images; half a minute
+    python train_vae.py smoke --data DIR                      # any folder of images; ten seconds
     python train_vae.py tiny-imagenet-32 --data DIR           # writes runs/tiny-imagenet-32/vae.safetensors
     python train_vae.py imagenet-256 --official FILE.pt       # takes over the published weights instead of training
 """

@@ -44,7 +44,8 @@ def arguments(doc):
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("preset", help="a preset of config.yaml")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="values that replace the preset's")
-    parser.add_argument("--data", metavar="DIR", help="DIR/train/<class>/*, DIR/val/<class>/*; or a folder of images")
+    parser.add_argument("--data", metavar="DIR",
+                        help="DIR/train/<class>/* or DIR/train/*.tar, DIR/val likewise; or a folder of images")
     parser.add_argument("--out", metavar="DIR", help="where checkpoints, pictures and logs go (runs/PRESET)")
     parser.add_argument("--init", metavar="FILE", help="start from the weights in this .safetensors")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")

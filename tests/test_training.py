@@ -4,7 +4,6 @@ import csv
 import os
 import random
 import re
-import resource
 import shutil
 import signal
 import subprocess
@@ -12,7 +11,6 @@ import sys
 import time
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from conftest import REPO, TESTS
@@ -402,18 +400,20 @@ def test_accumulating_two_halves_is_one_step_of_the_whole_batch(forker, argument
     assert_follows(rows(tmp_path / "0", stage), rows(tmp_path / "4", stage), rel=2e-3)
 
 
-def test_a_rank_that_dies_ends_all_of_them_soon(arguments, tmp_path):
-    dies = """
+RECEIVES = """
 import os, signal, training
 rate = training.learning_rate
-def learning_rate(step, *rest):
-    if step == 5 and training.ranks()[0] == 1:
-        os.kill(os.getpid(), signal.SIGKILL)
+def learning_rate(step, *rest):                               # rank 1 gets the signal in this step
+    if step == {step} and training.ranks()[0] == 1:
+        os.kill(os.getpid(), signal.{name})
     return rate(step, *rest)
 training.learning_rate = learning_rate
 """
+
+
+def test_a_rank_that_dies_ends_all_of_them_soon(arguments, tmp_path):
     start = time.time()
-    done = torchrun(2, "train_vae.py", *arguments("vae", "run"), cwd=tmp_path, wrapper=dies)
+    done = torchrun(2, "train_vae.py", *arguments("vae", "run"), cwd=tmp_path, wrapper=RECEIVES.format(step=5, name="SIGKILL"))
     assert done.returncode != 0 and time.time() - start < 150
     assert (tmp_path / "run" / "vae_state_000000004.pt").exists()
     finished(torchrun(2, "train_vae.py", *arguments("vae", "run", steps=6), "--resume", cwd=tmp_path))
@@ -436,17 +436,8 @@ def test_a_sharded_model_needs_several_processes(forker, arguments, tmp_path):
 
 def test_sigterm_stops_all_ranks_at_the_same_step(arguments, tmp_path):
     """Sent to one of them: the flag is everyone's."""
-    asks = """
-import os, signal, training
-rate = training.learning_rate
-def learning_rate(step, *rest):
-    if step == 3 and training.ranks()[0] == 1:
-        os.kill(os.getpid(), signal.SIGTERM)
-    return rate(step, *rest)
-training.learning_rate = learning_rate
-"""
     done = torchrun(2, "train_transformer.py", *arguments("transformer", "run", "transformer.save_every=50"), cwd=tmp_path,
-                    wrapper=asks)
+                    wrapper=RECEIVES.format(step=3, name="SIGTERM"))
     assert done.returncode != 0 and "stopped by SIGTERM after step 4, which is saved" in done.output, done.output
     assert [f.name for f in (tmp_path / "run").glob("*_state_*")] == ["transformer_state_000000004.pt"]
 
