@@ -4,30 +4,36 @@
     python bench.py --checkpoint DIR --batch 1,16 --t-draft 8,64
 """
 import argparse
+import math
 import statistics
 import time
 
 import torch
 
 import drr
-from common import BUNDLED, add_device_arguments, pick_device, run
+from common import BUNDLED, add_device_arguments, pick_device, run, sampling_values
 from estimate import matrix_rate, synchronize
 
 
 def decode_flops(transformer, c):
     """Floating-point operations (2 a multiply-add) of the transformer for one image: all positions through the spatial
-    blocks at each update, only the selected ones through the depth blocks, twice where guidance is on. c: the section
+    blocks at each update, only those to be drawn through the depth blocks, twice where guidance is on. c: the section
     `sample`. LayerNorm, GELU and softmax are not counted, as in torch's own counter."""
     d, K, n_z = transformer.ln.weight.numel(), *transformer.codebook.shape
     N, D, T = transformer.positions, transformer.depth, transformer.positions + transformer.cond_length
     block = lambda tokens, keys: tokens * (24 * d * d + 4 * keys * d)          # 12 d^2 weights; q k^T, and the sum of v
     spatial = len(transformer.spatial) * block(T, T) + 2 * N * n_z * d
     stack = sum(len(transformer.depthwise) * block(1, t + 1) + 2 * d * K + 2 * n_z * d * (t > 0) for t in range(D))
-    draft = c.t_draft * spatial + N * stack
-    revision = c.t_revise * spatial + N * stack
-    guided = transformer.null > 0                # a model without conditions has nothing to guide
-    return (draft * (1 + (guided and c.draft_guidance != 1))
-            + c.rounds * revision * (1 + (guided and c.revise_guidance != 1)))
+    times = lambda guidance: 2 if guidance != 1 and transformer.null > 0 else 1    # without conditions nothing is guided
+    total, hidden = 0, N
+    for t, positions in enumerate(drr.partition(torch.zeros(1, N), c.t_draft, c.draft_growing)):
+        n = positions.shape[1]
+        guidance = 1 if c.draft_ramp and t == 0 else c.draft_guidance
+        total += times(guidance) * (spatial + (n if c.draft_pool == 1 else hidden) * stack)
+        hidden -= n
+    n = math.ceil(c.revise_share * N)
+    revision = min(c.t_revise, n) * spatial + n * stack * (1 + c.revise_better)
+    return total + c.rounds * times(c.revise_guidance) * revision
 
 
 def main():
@@ -43,7 +49,7 @@ def main():
     vae, transformer, info = drr.load_checkpoint(args.checkpoint)
     if min(*args.batch, *args.t_draft, args.repeat) < 1 or max(args.t_draft) > transformer.positions:
         raise drr.UserError(f"--batch, --t-draft and --repeat start at 1, and --t-draft ends at {transformer.positions}.")
-    model, c = drr.TorchModel(vae, transformer, device, dtype), info.sample
+    model, c = drr.TorchModel(vae, transformer, device, dtype), sampling_values(info.sample, (), transformer.positions)
     print(f"{device}, {str(dtype)[6:]}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     print("batch  T_draft  s per image  images per s  GFLOP per image   GFLOP/s  matrix products  share")
     for batch in args.batch:

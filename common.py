@@ -23,12 +23,13 @@ BUNDLED = HERE / "checkpoints" / "tiny-imagenet-32"
 
 # === Configuration: config.yaml + overrides -> nested namespaces ====================================================
 CHOICES = {"vae.loss": ("mse", "l1"), "vae.perceptual": ("lpips", "efficientnet"),
-           "transformer.cond": ("class", "none", "text")}
+           "transformer.cond": ("class", "none", "text"), "sample.order": ("random", "sobol")}
 MAY_BE_0 = {"seed", "workers", "balance", "commitment_weight", "perceptual_weight", "disc_weight", "disc_start",
             "quantize_start", "disc_layers", "warmup", "micro_batch", "betas", "grad_clip",
-            "cond_dropout", "weight_decay", "weights_ema", "ema_decay", "rounds", "top_k", "draft_guidance", "revise_guidance"}
+            "cond_dropout", "weight_decay", "weights_ema", "ema_decay", "rounds", "top_k", "draft_guidance", "revise_guidance",
+            "draft_pool"}
 AT_MOST = {"vae.codebook_size": 65536, "vae.ema_decay": 1, "transformer.weights_ema": 1, "transformer.cond_dropout": 1,
-           "data.balance": 1, "sample.top_p": 1}
+           "data.balance": 1, "sample.top_p": 1, "sample.draft_pool": 1, "sample.revise_share": 1}
 
 
 def load_config(preset, overrides=()):
@@ -97,6 +98,24 @@ def coerce(name, value, like):
     if name in CHOICES and result not in CHOICES[name]:
         raise UserError(f"{name} is {value!r}; expected one of {', '.join(CHOICES[name])}.")
     return result
+
+
+def sampling_values(section, overrides, positions):
+    """A checkpoint's section `sample` with key=value on top. Values that a checkpoint does not have yet, being older than them,
+    are those of config.yaml's base. Raises UserError for an unknown key, a wrong value, or more updates than positions."""
+    base = yaml.safe_load((HERE / "config.yaml").read_text())["base"]["sample"]
+    values = {**base, **vars(section)}
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        if not equals or key not in base:
+            nearest = difflib.get_close_matches(key, base, 1, cutoff=0)[0]
+            raise UserError(f"{text!r} is no sampling value; write key=value, for example {nearest}={base[nearest]}. There are "
+                            f"{', '.join(base)}.")
+        values[key] = coerce(f"sample.{key}", yaml.safe_load(value), base[key])
+    if max(values["t_draft"], values["t_revise"]) > positions:
+        raise UserError(f"t_draft is {values['t_draft']} and t_revise {values['t_revise']}; expected at most {positions}, the "
+                        "number of positions.")
+    return SimpleNamespace(**values)
 
 
 def to_namespace(config):

@@ -488,11 +488,13 @@ class Sampling(NamedTuple):
 
 
 class State(NamedTuple):
-    """What `draft_and_revise` shows after every update: codes (B, N, D), and which are still hidden (B, N)."""
+    """What `draft_and_revise` shows after every update: codes (B, N, D), which are still hidden (B, N), and with which
+    log-probability each stack was drawn (B, N), 0 where none was."""
     phase: str          # "draft" or "revise"
     round: int          # 0 for the draft, 1 .. M for the revisions
     codes: torch.Tensor
     hidden: torch.Tensor
+    log_p: torch.Tensor
 
 
 def draw_noise(seed, images, rounds, positions, depth):
@@ -511,10 +513,25 @@ def draw_noise(seed, images, rounds, positions, depth):
     return torch.from_numpy(order), torch.from_numpy(uniforms)
 
 
-def partition(order, T):
-    """PARTITION: T disjoint sets m^1 .. m^T that cover the positions in `order` (B, n), with sizes that differ by at
-    most one: a list of indices (B, n_t). They are as random as the order is."""
-    return list(order.tensor_split(min(T, order.shape[1]), dim=1))
+def partition(order, T, growing=False):
+    """PARTITION: T disjoint sets m^1 .. m^T that cover the positions in `order` (B, n): a list of indices (B, n_t), T or
+    n of them. They are as random as the order is. Their sizes differ by at most one or, `growing`, leave
+    cos(pi t / 2 T) n positions after the t-th set (MaskGIT, arXiv 2202.04200), but each has one at least."""
+    n = order.shape[1]
+    T = min(T, n)
+    ends = [max(t, round(n * (1 - math.cos(math.pi / 2 * t / T)))) for t in range(1, T)]
+    return list(order.tensor_split(ends if growing else T, dim=1))
+
+
+def sobol_order(order):
+    """Orders (..., N) of the positions of a square map in which any run of successive ones is spread evenly: the Sobol
+    sequence, moved (around the edges) so that it starts where `order` (..., N) does."""
+    N = order.shape[-1]
+    side = math.isqrt(N)
+    cells = (torch.quasirandom.SobolEngine(2).draw(4 ** (2 * side).bit_length()) * side).long()      # all are visited
+    y, x = torch.tensor(list(dict.fromkeys(map(tuple, cells.tolist()))), device=order.device).T      # at the first visit
+    first = order[..., :1]
+    return (y + first // side) % side * side + (x + first) % side
 
 
 def probabilities(logits, how):
@@ -532,45 +549,61 @@ def probabilities(logits, how):
     return p
 
 
-def sample_stacks(model, h, uniforms, how):
+def sample_stacks(model, h, uniforms, how, given=None):
     """Draws stacks (P, D), depth by depth, at positions with contexts h (P, d_model) and uniforms (P, D). With
-    guidance h is (2 P, d_model): the contexts under the condition, then those under the null condition."""
+    guidance h is (2 P, d_model): the contexts under the condition, then those under the null condition. Returns the
+    stacks and their log-probabilities (P,); with `given` (P, D), those of the given stacks."""
     P, D = uniforms.shape
     stacks = torch.zeros(len(h), D, dtype=torch.int64, device=h.device)     # both halves see the same codes
-    cache = None
+    log_p, cache = torch.zeros(P, device=h.device), None
     for d in range(D):
         logits, cache = model.depth_step(h, stacks, d, cache)
         logits = logits.float()                                             # (P, K), with guidance (2 P, K)
         if len(h) > P:
             conditional, null = logits.split(P)
             logits = null + how.guidance * (conditional - null)
-        k = inverse_cdf(probabilities(logits, how), uniforms[:, d])
+        p = probabilities(logits, how)
+        k = inverse_cdf(p, uniforms[:, d]) if given is None else given[:, d]
+        log_p += p.gather(1, k[:, None])[:, 0].log()
         stacks[:, d] = k.repeat(len(h) // P)
-    return stacks[:P]
+    return stacks[:P], log_p
 
 
-def update(model, codes, hidden, sets, uniforms, cond, how):
-    """UPDATE (Alg. 1): hides one set of the partition after the other and draws its stacks anew, given all others.
+def update(model, state, positions, uniforms, cond, how, most_likely=None, better=False):
+    """UPDATE (Alg. 1) of one set of a partition: hides it and draws its stacks anew, given all that are not hidden.
 
-    codes (B, N, D); hidden (B, N): what is hidden besides, all of it in a draft and nothing in a revision; sets: the
-    partition, a list of indices (B, n_t); uniforms (B, N, D); cond (B, L). Yields codes and hidden after each set; stacks that no
-    set names stay as they are, to the bit.
+    state: a State; positions (B, n): the set; uniforms (B, N, D); cond (B, L); how: Sampling. Returns the State
+    afterwards. Stacks that the set does not name stay as they are, to the bit. Two ways to be choosy:
+    most_likely    (count, share): all stacks of the set are drawn, but only `count` of them stay, the first ones among
+                   the most likely `share` of them; the others are hidden
+    better         a stack that was there before stays if it is more likely than the new one
     """
+    B, n = positions.shape
     guided = how.guidance != 1 and bool((cond != model.null).any())       # null against null would change nothing
-    if guided:                                               # the batch doubles here and in no other phase
-        cond = torch.cat([cond, torch.full_like(cond, model.null)])
-    for positions in sets:
-        B, n = positions.shape
-        hidden = hidden.scatter(1, positions, True)                         # hide m^t
-        inputs = (torch.cat([t, t]) if guided else t for t in (codes, hidden))
-        h = model.context(*inputs, cond)                                    # (B, N, d_model) or (2 B, N, d_model)
-        index = positions.repeat(len(h) // B, 1)[..., None].expand(-1, -1, h.shape[-1])
-        h = h.gather(1, index).flatten(0, 1)                                # only m^t goes through the depth blocks
-        stack_index = positions[..., None].expand(-1, -1, codes.shape[-1])
-        stacks = sample_stacks(model, h, uniforms.gather(1, stack_index).flatten(0, 1), how)
-        codes = codes.scatter(1, stack_index, stacks.view(B, n, -1))
-        hidden = hidden.scatter(1, positions, False)
-        yield codes, hidden
+    hidden = state.hidden.scatter(1, positions, True)                       # hide m^t
+    inputs = state.codes, hidden, cond
+    if guided:                                               # the batch doubles here and nowhere else
+        inputs = (torch.cat(pair) for pair in zip(inputs, (*inputs[:2], torch.full_like(cond, model.null))))
+    h = model.context(*inputs)                                              # (B, N, d_model) or (2 B, N, d_model)
+    index = positions.repeat(len(h) // B, 1)[..., None].expand(-1, -1, h.shape[-1])
+    h = h.gather(1, index).flatten(0, 1)                                    # only m^t goes through the depth blocks
+    stack_index = positions[..., None].expand(-1, -1, state.codes.shape[-1])
+    uniforms = uniforms.gather(1, stack_index).flatten(0, 1)                # (B n, D)
+    stacks, log_p = sample_stacks(model, h, uniforms, how)
+    if better:
+        old, old_log_p = sample_stacks(model, h, uniforms, how, state.codes.gather(1, stack_index).flatten(0, 1))
+        stays = old_log_p > log_p
+        stacks, log_p = torch.where(stays[:, None], old, stacks), torch.where(stays, old_log_p, log_p)
+    stacks, log_p = stacks.view(B, n, -1), log_p.view(B, n)
+    if most_likely:
+        count, share = most_likely
+        behind = log_p.argsort(1, descending=True).argsort(1) >= max(count, math.ceil(share * n))        # (B, n)
+        first = behind.byte().argsort(dim=1, stable=True)[:, :count]        # the likely ones first, in the set's order
+        positions, log_p = positions.gather(1, first), log_p.gather(1, first)
+        stack_index = positions[..., None].expand(-1, -1, stacks.shape[-1])
+        stacks = stacks.gather(1, first[..., None].expand_as(stack_index))
+    return state._replace(codes=state.codes.scatter(1, stack_index, stacks), hidden=hidden.scatter(1, positions, False),
+                          log_p=state.log_p.scatter(1, positions, log_p))
 
 
 @torch.inference_mode()
@@ -580,24 +613,41 @@ def draft_and_revise(model, cond, noise, c, codes=None, region=None):
     model    `context`, `depth_step` and `null`: TorchModel, or anything else that has them
     cond     (B, L) int64
     noise    what `draw_noise` returns, for at least 1 + M rounds
-    c        the section `sample` of a configuration
+    c        the section `sample` of a configuration; config.yaml says what its values are
     codes (B, N, D) and region (N,) bool, both or neither: in-painting; the stacks where `region` is False are kept
     Yields a State after every update; the codes of the last one are the result.
     """
     assert (codes is None) == (region is None)
     order, uniforms = (t.to(cond.device) for t in noise)
+    order = sobol_order(order) if c.order == "sobol" else order
     B, N, D = uniforms.shape[1:]
     if region is None:
         codes, region = cond.new_zeros(B, N, D), torch.ones(N, dtype=torch.bool, device=cond.device)
-    draft = Sampling(c.draft_temperature, c.draft_guidance, c.top_k, c.top_p)
-    revise = Sampling(c.revise_temperature, c.revise_guidance, c.top_k, c.top_p)
-    nothing = torch.zeros(B, N, dtype=torch.bool, device=cond.device)
-    for m in range(1 + c.rounds):
-        inside = order[m][region[order[m]]].view(B, -1)                     # the region's positions, in random order
-        phase, T, hidden, how = (("revise", c.t_revise, nothing, revise) if m else
-                                 ("draft", c.t_draft, region.expand(B, N), draft))
-        for codes, hidden in update(model, codes, hidden, partition(inside, T), uniforms[m], cond, how):
-            yield State(phase, m, codes, hidden)
+    inside = [o[region[o]].view(B, -1) for o in order]                      # the region's positions, a random order a round
+    state = State("draft", 0, codes, region.expand(B, N), torch.zeros(B, N, device=cond.device))
+
+    sets = partition(inside[0], c.t_draft, c.draft_growing)
+    for t, positions in enumerate(sets):
+        # DEVIATION, if asked for: the paper's draft has one guidance throughout, and draws a set chosen beforehand.
+        ramp = t / max(1, len(sets) - 1) if c.draft_ramp else 1
+        how = Sampling(c.draft_temperature, 1 + ramp * (c.draft_guidance - 1), c.top_k, c.top_p)
+        most_likely = None
+        if c.draft_pool < 1:                                 # all that are still hidden are drawn, in their random order
+            most_likely = positions.shape[1], c.draft_pool
+            positions = inside[0][state.hidden.gather(1, inside[0])].view(B, -1)
+        state = update(model, state, positions, uniforms[0], cond, how, most_likely)
+        yield state
+
+    how = Sampling(c.revise_temperature, c.revise_guidance, c.top_k, c.top_p)
+    for m in range(1, 1 + c.rounds):
+        state, positions = state._replace(phase="revise", round=m), inside[m]
+        if c.revise_share < 1:                               # DEVIATION: only the stacks that were drawn least likely
+            n = math.ceil(c.revise_share * positions.shape[1])
+            doubtful = state.log_p.gather(1, positions).argsort(1)[:, :n].sort(1).values
+            positions = positions.gather(1, doubtful)
+        for positions in partition(positions, c.t_revise):
+            state = update(model, state, positions, uniforms[m], cond, how, better=c.revise_better)
+            yield state
 
 
 class TorchModel:

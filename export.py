@@ -39,7 +39,7 @@ from tqdm import tqdm
 
 import backends
 import drr
-from common import BUNDLED, HERE, load_config, run
+from common import BUNDLED, HERE, load_config, run, sampling_values
 from drr import UserError
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -410,13 +410,14 @@ def bench_worker(connection, backend, args):
     else:
         model, info = backends.load(backend.split()[0], args.out, device)
         length = model.cond_length
+    c = sampling_values(info.sample, (), model.positions)
     while True:
         batch, t_draft = connection.recv()
-        info.sample.t_draft = min(t_draft, model.positions)
-        noise = drr.draw_noise(0, range(batch), 1 + info.sample.rounds, model.positions, model.depth)
+        c.t_draft = min(t_draft, model.positions)
+        noise = drr.draw_noise(0, range(batch), 1 + c.rounds, model.positions, model.depth)
         cond = torch.zeros(batch, length, dtype=torch.int64, device=device)
         started = time.perf_counter()
-        *_, last = drr.draft_and_revise(model, cond, noise, info.sample)
+        *_, last = drr.draft_and_revise(model, cond, noise, c)
         model.decode(last.codes).cpu()                              # waits for the device
         connection.send((time.perf_counter() - started, memory_used(device)))
 

@@ -2,6 +2,7 @@
 
     python sample.py --class 980                                              # 16 samples of it in one picture
     python sample.py --class volcano --strip --num 4                          # from the first draft to the last revision
+    python sample.py --class 980 order=sobol draft_growing=true               # any value of config.yaml's section `sample`
     python sample.py --image IN.png --region 8,8,24,24 --class 980            # repaint a region as another class
     python sample.py --reconstruct IN.png                                     # what the RQ-VAE keeps, by depth
 """
@@ -12,7 +13,6 @@ import re
 import tempfile
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 import data
 import drr
-from common import BUNDLED, add_device_arguments, grid, pick_device, run, save_picture, to_pixels
+from common import BUNDLED, add_device_arguments, grid, pick_device, run, sampling_values, save_picture, to_pixels
 from drr import UserError
 
 
@@ -55,8 +55,9 @@ def parse_arguments():
     add("--backend", default="torch", choices=["torch", "onnx", "trt"],
         help="onnx, trt: the graphs or engines that export.py wrote, and no PyTorch weights")
     add("--exported", metavar="DIR", default="exported", help="where export.py wrote them (exported)")
+    add("overrides", nargs="*", metavar="key=value", help="sampling values in the place of the checkpoint's")
     add_device_arguments(parser)
-    return parser.parse_args()
+    return parser.parse_intermixed_args()
 
 
 # === From the command line to class indices, settings and regions ===================================================
@@ -126,7 +127,7 @@ def load_checkpoint(folder):
 
 def settings(args, info, positions):
     """The checkpoint's section `sample` with the command line's values in it, checked."""
-    c = SimpleNamespace(**vars(info.sample))
+    c = sampling_values(info.sample, args.overrides, positions)
     limits = {"t_draft": (1, positions), "t_revise": (1, positions), "rounds": (0, 1000), "top_k": (0, info.vae.codebook_size),
               "top_p": (0, 1), "revise_temperature": (0.01, 100), "draft_temperature": (0.01, 100),
               "revise_guidance": (0, 100), "draft_guidance": (0, 100)}
@@ -187,12 +188,6 @@ def check_writable(picture):
 
 
 # === Pictures =======================================================================================================
-def strip_states(c):
-    """Which updates a strip shows: six of the draft, and the end of each revision."""
-    draft = sorted({round(t) for t in np.linspace(0, c.t_draft - 1, 6)})
-    return [*draft, *(c.t_draft - 1 + c.t_revise * m for m in range(1, c.rounds + 1))]
-
-
 def hide(images, hidden):
     """Paints the hidden stacks of images (B, 3, S, S) grey."""
     side = math.isqrt(hidden.shape[1])
@@ -202,19 +197,22 @@ def hide(images, hidden):
 
 def generate(model, cond, indices, seed, c, bar, codes=None, region=None, keep=()):
     """Pictures (B, 3, S, S) number `indices` of a seed for the conditions cond (B, L), in-painted where codes (B, N, D)
-    and region (N,) are given; and the states whose numbers are in `keep`, as pictures."""
+    and region (N,) are given; and as pictures the updates of the draft whose numbers are in `keep`, and then, if there are
+    any, the end of each revision."""
     noise = drr.draw_noise(seed, indices, 1 + c.rounds, model.positions, model.depth)
-    states, hidden = [], []
+    hidden, states = [], []
+    ends = {}                                                # of the draft, and of each revision
     for number, state in enumerate(drr.draft_and_revise(model, cond, noise, c, codes, region)):
         bar.update()
         bar.set_postfix_str(f"{state.phase} {state.round or ''}", refresh=False)
-        if number in keep and state.phase == "draft":        # shown when the draft is complete: the decoder needs all
-            hidden.append(state.hidden)                      # stacks, and those drawn so far do not change in a draft
-        if number == c.t_draft - 1:
-            states = [hide(model.decode(state.codes), h) for h in hidden]
-        if number in keep and state.phase == "revise":
-            states.append(model.decode(state.codes))
-    return model.decode(state.codes), states
+        if number in keep and state.phase == "draft":
+            hidden.append(state.hidden)
+        ends[state.round] = state.codes
+    images = model.decode(state.codes)
+    if keep:
+        draft, *revisions = ends.values()    # the decoder needs all stacks, and those drawn do not change in a draft
+        states = [*(hide(model.decode(draft), h) for h in hidden), *map(model.decode, revisions)]
+    return images, states
 
 
 def main():
@@ -263,9 +261,11 @@ def main():
         codes = model.encode(original)
         c.t_draft, c.t_revise = min(c.t_draft, int(region.sum())), min(c.t_revise, int(region.sum()))
     labels = [model.null if k is None else k for k in (classes[i % len(classes)] for i in range(num))]
-    keep = strip_states(c) if args.strip else ()
+    keep = sorted({round(t) for t in np.linspace(0, c.t_draft - 1, 6)}) if args.strip else ()
+    columns = len(keep) + c.rounds                            # of a strip
     pixels, states, started = [], [], time.time()
-    updates = (c.t_draft + c.rounds * c.t_revise) * math.ceil(num / c.batch_size)
+    doubtful = math.ceil(c.revise_share * (model.positions if region is None else int(region.sum())))
+    updates = (c.t_draft + c.rounds * min(c.t_revise, doubtful)) * math.ceil(num / c.batch_size)
     with tqdm(total=updates, desc="sampling", unit="update") as bar:
         for first in range(0, num, c.batch_size):
             part = range(first, min(first + c.batch_size, num))
@@ -278,7 +278,7 @@ def main():
             if args.paste:
                 images, *batch_states = (torch.where(mask.to(device), x, original) for x in (images, *batch_states))
             pixels.extend(to_pixels(images[:len(part)]))
-            states.extend(to_pixels(torch.cat(batch_states)).reshape(len(keep), len(padded), model.size, model.size, 3)
+            states.extend(to_pixels(torch.cat(batch_states)).reshape(columns, len(padded), model.size, model.size, 3)
                           .swapaxes(0, 1)[:len(part)] if keep else ())
             for i in part if args.out_dir else ():
                 save_picture(Image.fromarray(pixels[i]), Path(args.out_dir) / f"{i:03d}.png")
@@ -288,7 +288,7 @@ def main():
     # --- the grid ----------------------------------------------------------------------------------------------------
     scale, shown = max(1, 128 // model.size), min(num, 400)
     if args.strip:
-        picture = grid(np.concatenate(states[:shown]), len(keep), scale)
+        picture = grid(np.concatenate(states[:shown]), columns, scale)
     elif args.image:
         first = to_pixels(torch.cat([original, torch.where(mask.to(device), 0.0, original)]))
         picture = grid([*first, *pixels[:shown]], min(shown + 2, 6), scale)
