@@ -1,0 +1,125 @@
+"""Trains the small classifier whose features stand in for Inception's where that cannot be downloaded.
+
+    python tools/train_classifier.py --data DIR --out checkpoints/classifier-32/classifier.pt2
+
+The file is a program of torch.export: images (B, 3, 32, 32) in [-1, 1] -> features (B, 64), logits (B, classes). It learns the
+classes of DIR/train that have at least 100 pictures, central squares at 32x32. Its numbers compare models of this project with
+each other, and with nothing else.
+"""
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+import data
+from common import add_device_arguments, load_config, pick_device, run
+from drr import UserError, replacing
+
+SIZE, WIDTHS, FEATURES = 32, (48, 96, 192), 64
+
+
+class ResBlock(nn.Module):
+    def __init__(self, c_in, c_out, stride):
+        super().__init__()
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, stride, 1, bias=False)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, 1, 1, bias=False)
+        self.norm1, self.norm2 = nn.BatchNorm2d(c_out), nn.BatchNorm2d(c_out)
+        self.skip = nn.Conv2d(c_in, c_out, 1, stride, bias=False) if c_in != c_out else nn.Identity()
+
+    def forward(self, x):
+        return F.relu(self.skip(x) + self.norm2(self.conv2(F.relu(self.norm1(self.conv1(x))))))
+
+
+class Classifier(nn.Module):
+    """images (B, 3, 32, 32) in [-1, 1] -> features (B, 64), logits (B, classes)."""
+
+    def __init__(self, classes):
+        super().__init__()
+        a, b, c = WIDTHS
+        self.body = nn.Sequential(
+            nn.Conv2d(3, a, 4, 2, 1, bias=False), nn.BatchNorm2d(a), nn.ReLU(),              # 16 x 16
+            ResBlock(a, a, 1), ResBlock(a, b, 2), ResBlock(b, b, 1), ResBlock(b, c, 2), ResBlock(c, c, 1))    # 4 x 4
+        self.features, self.classifier = nn.Linear(c, FEATURES), nn.Linear(FEATURES, classes)
+
+    def forward(self, images):
+        features = self.features(self.body(images).mean((2, 3)))
+        return features, self.classifier(F.relu(features))
+
+
+def augment(images, rng):
+    """Shifts images (B, 3, S, S) by up to 4 pixels and mirrors half of them."""
+    B, size = len(images), images.shape[-1]
+    padded = F.pad(images, (4, 4, 4, 4), mode="reflect")
+    y, x = (torch.from_numpy(rng.integers(0, 9, B))[:, None] + torch.arange(size) for _ in range(2))
+    x = torch.where(torch.from_numpy(rng.random(B) < 0.5)[:, None], x.flip(1), x)
+    y, x = y.to(images.device), x.to(images.device)
+    return padded[torch.arange(B, device=images.device)[:, None, None], :, y[:, :, None], x[:, None, :]].permute(0, 3, 1, 2)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, metavar="DIR", help="DIR/train/<class>/* and DIR/val/<class>/*")
+    parser.add_argument("--out", required=True, metavar="FILE", help="the program, .pt2")
+    parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--seed", type=int, default=0)
+    add_device_arguments(parser)
+    args = parser.parse_args()
+    device, dtype = pick_device(args)
+    files, labels, names = data.find_images(args.data)
+    many = np.bincount(labels) >= 100
+    if not many.any():
+        raise UserError(f"{args.data} has no class with at least 100 pictures; there is nothing to learn from.")
+    classes = [name for name, enough in zip(names, many) if enough]
+    views = data.Views(files, labels, names, SIZE, args.batch_size, load_config("smoke", ["data.class_views=1"]).data)
+    views.keep(many[views.labels])
+    views.load("cpu")
+    number = torch.full((len(names),), -1)
+    number[torch.from_numpy(many)] = torch.arange(len(classes))
+    images, targets = views.images, number[torch.from_numpy(views.labels)]
+    val, val_labels = data.validation_images(args.data, SIZE, 100_000, classes)
+    if val is None:
+        raise UserError(f"{args.data} has no val/<class>/* of these classes, so that nothing could be measured.")
+
+    torch.manual_seed(args.seed)
+    net = Classifier(len(classes)).to(device)
+    steps = args.epochs * (len(images) // args.batch_size)
+    opt = torch.optim.AdamW(net.parameters(), lr=3e-3, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(opt, 3e-3, total_steps=steps, pct_start=0.2)
+    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    rng, started = np.random.default_rng(args.seed), time.time()
+    bar = tqdm(total=steps, desc="train_classifier", unit="step")
+    for epoch in range(args.epochs):
+        for index in torch.from_numpy(rng.permutation(len(images))).split(args.batch_size)[:len(images) // args.batch_size]:
+            x, y = augment(data.to_float(images[index], device), rng), targets[index].to(device)
+            with autocast:
+                loss = F.cross_entropy(net(x)[1].float(), y, label_smoothing=0.1)
+            loss.backward()
+            opt.step()
+            opt.zero_grad(set_to_none=True)
+            schedule.step()
+            bar.update()
+        net.eval()
+        with torch.no_grad(), autocast:
+            logits = torch.cat([net(data.to_float(x, device))[1].float().cpu() for x in val.split(256)])
+        net.train()
+        accuracy = (logits.argmax(1) == val_labels).float().mean().item()
+        tqdm.write(f"epoch {epoch + 1} loss {loss.item():.3f} validation accuracy {accuracy:.2%} {time.time() - started:.0f} s")
+    program = torch.export.export(net.eval().cpu(), (torch.zeros(2, 3, SIZE, SIZE),), dynamic_shapes=({0: torch.export.Dim("B")},))
+    about = {"classes": classes, "size": SIZE, "epochs": args.epochs, "seed": args.seed, "validation_accuracy": accuracy}
+    with replacing(args.out) as temporary, open(temporary, "wb") as f:
+        torch.export.save(program, f, extra_files={"about.json": json.dumps(about)})
+    print(f"{len(classes)} classes, validation accuracy {accuracy:.2%} -> {args.out}")
+
+
+if __name__ == "__main__":
+    run(main)
