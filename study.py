@@ -1,11 +1,11 @@
 """The decoding study: which claims of the paper hold for a checkpoint, and which other strategies help (docs/study.md).
 
-    python study.py --data DIR --out runs/study --seeds 4     # draws what is not there yet, then the tables and the plot
+    python study.py --data DIR --out runs/study --seeds 5     # draws what is not there yet, then the tables and the plot
     python study.py --data DIR --out runs/study --seeds 0     # tables of what is there
 
-Every run is one way of decoding, with the paper's values where it does not say otherwise. All runs draw the same images, from the
-same random numbers: number i of a seed is of class i mod C, of the classes in DIR/val. Codes are kept after the draft and after each
-revision, so that one run serves all numbers of revisions up to its own.
+Every run is one way of decoding, with the paper's values where it does not say otherwise. All runs draw the same images from the
+same random numbers, the classes of DIR/val in turn. Codes are kept after the draft and after each revision, so that one run serves
+all numbers of revisions up to its own.
 """
 import argparse
 import math
@@ -83,8 +83,14 @@ def path_of(out, name, seed):
     return out / f"{name.replace(' ', '_').replace('%', '').replace(',', '')}-{seed}.npz"
 
 
+def classes_of(seed, images, count):
+    """Which of `count` classes the images of a seed show: the seeds go on where the one before stopped."""
+    return (seed * images + np.arange(images)) % count
+
+
 def features_of(path, vae, network, names, device):
-    """Of a run and seed: per number of revisions, features (images, d) and which images the network takes for their class."""
+    """Of a run and seed: per number of revisions, features (images, d) and which images, of the classes `names`, the network
+    recognises."""
     kept = path.with_suffix(".features.npz")
     if not kept.exists() or kept.stat().st_mtime < path.stat().st_mtime:
         codes, number = np.load(path)["codes"], {name: i for i, name in enumerate(network.classes)}
@@ -226,13 +232,14 @@ def main():
     add("--out", default="runs/study", metavar="DIR", help="codes, features, tables.md, study.png, infill.png (runs/study)")
     add("--checkpoint", default=str(BUNDLED), metavar="DIR")
     add("--features", default="classifier", metavar="F", help="as in evaluate.py; with class logits (classifier)")
-    add("--seeds", type=int, default=4, help="one image a class and seed (4)")
-    add("--batch", type=int, default=50)
+    add("--seeds", type=int, default=5, help="how often (5)")
+    add("--images", type=int, default=80, metavar="N", help="images of a seed (80)")
+    add("--batch", type=int, default=40, help="images decoded at a time (40)")
     add("--runs", metavar="NAME,...", help="only runs whose names begin so")
     add_device_arguments(parser)
     args = parser.parse_args()
-    if args.seeds < 0 or args.batch < 1:
-        raise UserError(f"--seeds is {args.seeds} and --batch {args.batch}; expected from 0, and from 1 on.")
+    if args.seeds < 0 or args.batch < 1 or args.images < 4:
+        raise UserError(f"--seeds is {args.seeds}, --batch {args.batch} and --images {args.images}; expected from 0, 1 and 4 on.")
     device, dtype = pick_device(args)
     out = Path(args.out)
     vae, transformer, info = drr.load_checkpoint(args.checkpoint)
@@ -248,20 +255,22 @@ def main():
                 for name, changes in RUNS.items() if name.startswith(prefixes)}
     if not settings:
         raise UserError(f"--runs {args.runs} fits none of the runs: {', '.join(RUNS)}.")
-    evaluate.claim(out, [drr.fingerprint(vae), drr.fingerprint(transformer), names, str(dtype)])
+    evaluate.claim(out, [drr.fingerprint(vae), drr.fingerprint(transformer), names, str(dtype), args.images])
 
     todo = [(seed, name) for seed in range(args.seeds) for name in settings if not path_of(out, name, seed).exists()]
-    with tqdm(total=len(todo) * len(names), desc="drawing", unit="image") as bar:
+    with tqdm(total=len(todo) * args.images, desc="drawing", unit="image") as bar:
         for seed, name in todo:
             bar.set_postfix_str(f"{name}, seed {seed}")
-            codes, seconds = draw_run(model, labels, seed, settings[name], args.batch, bar)
+            shown = labels[classes_of(seed, args.images, len(names))]
+            codes, seconds = draw_run(model, shown, seed, settings[name], args.batch, bar)
             with replacing(path_of(out, name, seed)) as temporary, open(temporary, "wb") as f:
                 np.savez(f, codes=codes, seconds=seconds)
 
     paths = {name: sorted(out.glob(path_of(out, name, "*").name)) for name in settings}
     paths = {name: [p for p in found if not p.name.endswith(".features.npz")] for name, found in paths.items()}
     real, _ = evaluate.measure(network, reference.batches(), reference.count, "reference", device)
-    held = {name: [features_of(p, vae, network, names, device) for p in found] for name, found in paths.items() if found}
+    of_seed = lambda path: [names[i] for i in classes_of(int(path.stem.rpartition("-")[2]), args.images, len(names))]
+    held = {name: [features_of(p, vae, network, of_seed(p), device) for p in found] for name, found in paths.items() if found}
     measured, costs = Measured(real, held), {}
     for name in held:
         seconds, c = np.median([np.load(p)["seconds"] for p in paths[name]], 0), settings[name]
@@ -271,8 +280,8 @@ def main():
             flops.append(bench.decode_flops(transformer, c) / 1e9)
         c.rounds, costs[name] = len(seconds) - 1, (seconds, flops)
     counts = sorted({len(found) for found in held.values()})
-    text = [f"{network.name}; reference {reference.name}; {len(names)} classes, one image a class and seed, "
-            f"{' or '.join(map(str, counts))} seeds; {vae.size}x{vae.size}; {str(dtype)[6:]}, {device}; commit {evaluate.commit()}; "
+    text = [f"{network.name}; reference {reference.name}; {len(names)} classes in turn, "
+            f"{' or '.join(map(str, counts))} seeds of {args.images} images; {vae.size}x{vae.size}; {str(dtype)[6:]}, {device}; commit {evaluate.commit()}; "
             "± standard error (jackknife over seeds); bold: more than two standard errors of the difference from the first row.\n"]
     text += [table(title, rows, measured, costs) for title, rows in TABLES.items()]
     val, val_labels = data.validation_images(args.data, vae.size, 400, info.classes)

@@ -43,7 +43,7 @@ def test_jackknife_of_a_mean_is_its_standard_error():
 
 
 def test_study_from_nothing_to_tables_and_on(net, folder, tmp_path):
-    command = ["study.py", "--data", folder, "--out", "study", "--features", net, "--batch", 4, "--precision", "fp32",
+    command = ["study.py", "--data", folder, "--out", "study", "--features", net, "--batch", 4, "--images", 4, "--precision", "fp32",
                "--runs", "draft 4,better"]
     run(*command, "--seeds", 1, cwd=tmp_path)
     with np.load(tmp_path / "study" / "draft_4-0.npz") as arrays:
@@ -65,7 +65,7 @@ def test_study_from_nothing_to_tables_and_on(net, folder, tmp_path):
     assert other.returncode == 2 and "another" in other.stderr
 
 
-@pytest.mark.parametrize("arguments,word", [(["--seeds", "-1"], "--seeds"), (["--runs", "unheard of"], "unheard of"),
+@pytest.mark.parametrize("arguments,word", [(["--seeds", "-1"], "--seeds"), (["--images", "3"], "--images"), (["--runs", "unheard of"], "unheard of"),
                                             (["--features", "inceptoin"], "inceptoin"), (["--data", TESTS / "photos"], "at least 4")])
 def test_mistakes_are_one_sentence(arguments, word, net, folder, tmp_path):
     features = [] if "--features" in arguments else ["--features", net]
