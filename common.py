@@ -51,10 +51,7 @@ def load_config(preset, overrides=()):
         section, dot, key = name.partition(".")
         if not (equals and dot):
             raise UserError(f"{text!r} is no override; write section.key=value, for example vae.lr=1e-4.")
-        try:
-            layers.append({section: {key: yaml.safe_load(value)}})
-        except yaml.YAMLError:
-            raise UserError(f"{text!r} has no YAML value; expected a number, a word or a list like [1, 2].") from None
+        layers.append({section: {key: parse_value(text, value)}})
     config = {section: dict(values) for section, values in base.items()}
     for layer in layers:
         for section, values in layer.items():
@@ -68,6 +65,13 @@ def load_config(preset, overrides=()):
                     raise UserError(f"config.yaml has no key {name!r}; the nearest is {nearest[0]!r}.")
                 config[section][key] = coerce(name, value, base[section][key])
     return to_namespace(config)
+
+
+def parse_value(text, value):
+    try:
+        return yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise UserError(f"{text!r} has no YAML value; expected a number, a word or a list like [1, 2].") from None
 
 
 def coerce(name, value, like):
@@ -105,17 +109,27 @@ def sampling_values(section, overrides, positions):
     are those of config.yaml's base. Raises UserError for an unknown key, a wrong value, or more updates than positions."""
     base = yaml.safe_load((HERE / "config.yaml").read_text())["base"]["sample"]
     values = {**base, **vars(section)}
+    values.update({key: min(values[key], positions) for key in ("t_draft", "t_revise")})
     for text in overrides:
         key, equals, value = text.partition("=")
         if not equals or key not in base:
             nearest = difflib.get_close_matches(key, base, 1, cutoff=0)[0]
             raise UserError(f"{text!r} is no sampling value; write key=value, for example {nearest}={base[nearest]}. There are "
                             f"{', '.join(base)}.")
-        values[key] = coerce(f"sample.{key}", yaml.safe_load(value), base[key])
-    if max(values["t_draft"], values["t_revise"]) > positions:
-        raise UserError(f"t_draft is {values['t_draft']} and t_revise {values['t_revise']}; expected at most {positions}, the "
-                        "number of positions.")
+        values[key] = coerce(f"sample.{key}", parse_value(text, value), base[key])
+    check_sampling(values, positions)
     return SimpleNamespace(**values)
+
+
+def check_sampling(values, positions, names={}):
+    """Raises UserError for a sampling value out of range, under the name that the user knows."""
+    limits = {"t_draft": (1, positions), "t_revise": (1, positions), "rounds": (0, 1000), "top_k": (0, 65536), "top_p": (0, 1),
+              "revise_temperature": (0.01, 100), "draft_temperature": (0.01, 100), "revise_guidance": (0, 100),
+              "draft_guidance": (0, 100)}
+    for key, (low, high) in limits.items():
+        if key in values and (not low <= values[key] <= high or key == "top_p" and values[key] == 0):
+            raise UserError(f"{names.get(key, key)} is {values[key]}; expected a number {'above' if key == 'top_p' else 'from'} "
+                            f"{low} {'and at most' if key == 'top_p' else 'to'} {high}.")
 
 
 def to_namespace(config):

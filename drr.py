@@ -564,7 +564,7 @@ def sample_stacks(model, h, uniforms, how, given=None):
             logits = null + how.guidance * (conditional - null)
         p = probabilities(logits, how)
         k = inverse_cdf(p, uniforms[:, d]) if given is None else given[:, d]
-        log_p += p.gather(1, k[:, None])[:, 0].log()
+        log_p += (p.gather(1, k[:, None])[:, 0] / p.sum(1)).log()
         stacks[:, d] = k.repeat(len(h) // P)
     return stacks[:P], log_p
 
@@ -597,8 +597,9 @@ def update(model, state, positions, uniforms, cond, how, most_likely=None, bette
     stacks, log_p = stacks.view(B, n, -1), log_p.view(B, n)
     if most_likely:
         count, share = most_likely
-        behind = log_p.argsort(1, descending=True).argsort(1) >= max(count, math.ceil(share * n))        # (B, n)
-        first = behind.byte().argsort(dim=1, stable=True)[:, :count]        # the likely ones first, in the set's order
+        ranking = log_p.argsort(dim=1, descending=True, stable=True).argsort(1)                 # (B, n), 0 is the most likely
+        behind = (ranking >= max(count, math.ceil(share * n))).byte()
+        first = behind.argsort(dim=1, stable=True)[:, :count]               # the likely ones first, in the set's order
         positions, log_p = positions.gather(1, first), log_p.gather(1, first)
         stack_index = positions[..., None].expand(-1, -1, stacks.shape[-1])
         stacks = stacks.gather(1, first[..., None].expand_as(stack_index))
@@ -643,7 +644,7 @@ def draft_and_revise(model, cond, noise, c, codes=None, region=None):
         state, positions = state._replace(phase="revise", round=m), inside[m]
         if c.revise_share < 1:                               # DEVIATION: only the stacks that were drawn least likely
             n = math.ceil(c.revise_share * positions.shape[1])
-            doubtful = state.log_p.gather(1, positions).argsort(1)[:, :n].sort(1).values
+            doubtful = state.log_p.gather(1, positions).argsort(dim=1, stable=True)[:, :n].sort(1).values
             positions = positions.gather(1, doubtful)
         for positions in partition(positions, c.t_revise):
             state = update(model, state, positions, uniforms[m], cond, how, better=c.revise_better)

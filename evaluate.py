@@ -15,6 +15,7 @@ import json
 import math
 import subprocess
 import sys
+import warnings
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -87,7 +88,7 @@ def load_features(name, device):
                             f"{images.shape[-1]}; give another --features.")
         try:
             out = net(images)
-        except RuntimeError as error:
+        except (RuntimeError, AssertionError) as error:      # an exported program asserts the shapes that it was traced for
             raise UserError(f"{path} does not take images {tuple(images.shape)} ({str(error).splitlines()[0]}).") from None
         features, logits = out if isinstance(out, (tuple, list)) else (out, None)
         if features.dim() != 2:
@@ -101,14 +102,21 @@ def load_program(path, device):
     It is a program: open only what you trust."""
     extra = {"about.json": ""}
     try:
-        net = move_to_device_pass(torch.export.load(path, extra_files=extra), device).module()
-    except Exception as error:                               # it raises nearly anything for another kind of file
-        try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)          # TorchScript's, which is the file's and not ours
             net = torch.jit.load(path, map_location=device, _extra_files=extra).eval()
-        except (RuntimeError, ValueError):
+    except (RuntimeError, ValueError):
+        try:
+            if not zipfile.is_zipfile(path):
+                raise ValueError("no archive")
+            net = move_to_device_pass(torch.export.load(path, extra_files=extra), device).module()
+        except Exception as error:                           # it raises nearly anything for another kind of file
             raise UserError(f"{path} is neither TorchScript nor a program of torch.export ({type(error).__name__}: "
                             f"{str(error).splitlines()[0][:100]}).") from None
-    return net, json.loads(extra["about.json"] or "{}")
+    try:
+        return net, json.loads(extra["about.json"] or "{}")
+    except ValueError as error:
+        raise UserError(f"about.json in {path} is damaged ({error}); export it again.") from None
 
 
 # === Pictures: a folder, an .npz, or a checkpoint ===================================================================
@@ -132,7 +140,7 @@ def in_folder(path, size):
         odd = next((i for i, shape in enumerate(shapes[1:]) if shape != 2 * shapes[0][:1]), None)
         if odd is not None:
             raise UserError(f"{files[odd]} has {shapes[odd + 1][0]} x {shapes[odd + 1][1]} pixels; expected squares of one size "
-                            f"({files[0]} has {shapes[0][0]} x {shapes[0][1]}), so add --crop, which makes them such.")
+                            f"({files[0]} has {shapes[0][0]} x {shapes[0][1]}); for a --reference add --crop, which makes them such.")
         size = shapes[0][0]
 
     def batches():
@@ -279,15 +287,15 @@ def inception_score(logits, splits=10):
     return scores.mean().item(), scores.std(correction=0).item()
 
 
-def precision_recall(real, fake, k=3):
+def precision_recall(real, fake, k=3, device="cpu"):
     """Shares of the fake features (M, d) that lie among the real ones (N, d), and of the real ones among the fake ones. To
     lie among points is to be no farther from one of them than its k-th neighbour (Kynkaanniemi et al. 2019)."""
-    def radii(points):                                       # the nearest point is the point itself
-        return torch.cat([torch.cdist(part, points).kthvalue(k + 1).values for part in points.split(2048)])
+    real, fake = real.to(device), fake.to(device)
 
-    def share(points, among):
-        radius = radii(among)
-        return torch.cat([(torch.cdist(part, among) <= radius).any(1) for part in points.split(2048)]).double().mean().item()
+    def share(points, among):                                # the nearest of the points is the point itself, hence k + 1
+        blocks = lambda x: tqdm(x.split(2048), "neighbours", unit="block", leave=False, disable=len(x) <= 2 ** 13)
+        radius = torch.cat([torch.cdist(part, among).kthvalue(k + 1).values for part in blocks(among)])
+        return torch.cat([(torch.cdist(part, among) <= radius).any(1) for part in blocks(points)]).float().mean().item()
     return share(fake, real), share(real, fake)
 
 
@@ -320,18 +328,28 @@ def parse_arguments():
     group.add_argument("--class", dest="classes", metavar="C", help="their classes, index, wnid or name, comma-separated (those of "
                        "the reference's folders, or else all)")
     # Not --num: torchrun would take it for an option of its own.
-    group.add_argument("--number", type=int, default=1000, metavar="N", help="pictures, of the classes in turn (1000)")
-    group.add_argument("--seed", type=int, default=0)
+    group.add_argument("--number", type=int, metavar="N", help="pictures, of the classes in turn (1000)")
+    group.add_argument("--seed", type=int, help="picture i of a seed is the same in any batch (0)")
     group.add_argument("--out", metavar="DIR", help="keeps the pictures here, and goes on with what is there (samples/HASH)")
     group.add_argument("--npz", metavar="FILE", help="also write them for the ADM evaluator")
     group.add_argument("overrides", nargs="*", metavar="key=value", help="sampling values, for example t_draft=16")
     add("--json", metavar="FILE", help="write numbers and protocol here, too")
     add_device_arguments(parser)
-    return parser, parser.parse_intermixed_args()
+    args = parser.parse_intermixed_args()
+    if args.samples and args.reconstructions:
+        raise UserError("--samples and --reconstructions exclude each other; run the command once for each.")
+    of_samples = {"number": "--number", "seed": "--seed", "classes": "--class", "out": "--out", "npz": "--npz", "overrides": "key=value"}
+    idle = [option for key, option in of_samples.items() if getattr(args, key) not in (None, [])]
+    if (args.samples or args.reconstructions) and idle:
+        raise UserError(f"With --samples and --reconstructions nothing is drawn; leave {idle[0]} out.")
+    args.number, args.seed = 1000 if args.number is None else args.number, args.seed or 0
+    if not 1 <= args.number <= 10_000_000 or not 0 <= args.seed < 2 ** 63:
+        raise UserError(f"--number {args.number} and --seed {args.seed}: expected from 1 to 10000000 pictures, and a seed from 0 on.")
+    return args
 
 
-def pick_classes(args, info, reference):
-    """The class indices of the samples, which are drawn in turn."""
+def pick_classes(args, info, known):
+    """The class indices of the samples, which are drawn in turn; `known`: the reference's class folders."""
     if info.transformer.cond != "class":
         if args.classes or info.transformer.cond == "text":
             raise UserError(f"This checkpoint is conditioned on {info.transformer.cond}, not on classes; sampling from texts is "
@@ -339,7 +357,6 @@ def pick_classes(args, info, reference):
         return [0]
     if args.classes:
         return [find_class(text, info.classes, info.titles) for text in args.classes.split(",")]
-    known = set(reference.labels or ()) & set(info.classes) if reference else set()
     return [i for i, name in enumerate(info.classes) if name in known] or list(range(len(info.classes)))
 
 
@@ -353,15 +370,9 @@ def commit():
 
 
 def main():
-    parser, args = parse_arguments()
+    args = parse_arguments()
     device, dtype = training.join_ranks(args)
     rank, _ = drr.ranks()
-    if args.samples and args.reconstructions:
-        raise UserError("--samples and --reconstructions exclude each other; run the command once for each.")
-    if args.samples and (args.overrides or args.classes or args.npz or args.out):
-        raise UserError("With --samples nothing is drawn: leave --class, --out, --npz and key=value out.")
-    if not 1 <= args.number <= 10_000_000 or not 0 <= args.seed < 2 ** 63:
-        raise UserError(f"--number {args.number} and --seed {args.seed}: expected from 1 to 10000000 pictures, and a seed from 0 on.")
 
     # --- what is measured, and against what --------------------------------------------------------------------------
     samples = vae = None
@@ -373,6 +384,7 @@ def main():
         size = vae.size
         c = sampling_values(info.sample, args.overrides, transformer.positions)
     held = read_npz(args.reference) if Path(args.reference).suffix == ".npz" else {}
+    about = json.loads(str(held["about"])) if "about" in held else {}
     reference = None
     if "mu" not in held:
         reference = in_array(args.reference, held["arr_0"]) if "arr_0" in held else open_pictures(
@@ -382,7 +394,14 @@ def main():
                             f"{size}x{size}; give a reference of that size, or a folder and --crop.")
     elif args.reconstructions or args.save_reference:
         raise UserError(f"{args.reference} holds statistics and no pictures; expected a folder or an .npz of pictures.")
-    network = load_features(args.features, device) if rank == 0 else None
+    classes = about.get("classes") or sorted(set(reference and reference.labels or ()))
+    if rank == 0:                                            # all that can be wrong shall be so before hours of sampling
+        network = load_features(args.features, device)
+        dimension = network.extract(torch.zeros(2, 3, size, size, device=device))[0].shape[1]
+        if not reference:
+            real, real_stats = check_statistics(args.reference, held, about, network, size, dimension)
+        for path in filter(None, (args.save_reference, args.npz, args.json)):
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
 
     # --- pictures ----------------------------------------------------------------------------------------------------
     if args.reconstructions:
@@ -391,12 +410,12 @@ def main():
         samples = reference._replace(name=f"their reconstructions by {args.checkpoint}",
                                      batches=lambda: (rebuild(x) for x in reference.batches()))
     elif samples is None:
-        chosen = pick_classes(args, info, reference)
+        chosen = pick_classes(args, info, classes)
         model = drr.TorchModel(vae, transformer, device, dtype)
         values = " ".join(f"{k}={v}" for k, v in vars(c).items())
-        about = [drr.fingerprint(vae), drr.fingerprint(transformer), values, chosen, args.seed, str(dtype)]
-        folder = Path(args.out or f"samples/{hashlib.sha256(json.dumps(about).encode()).hexdigest()[:12]}")
-        claim(folder, about)
+        content = [drr.fingerprint(vae), drr.fingerprint(transformer), values, chosen, args.seed, str(dtype)]
+        folder = Path(args.out or f"samples/{hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]}")
+        claim(folder, content)
         parts = draw_samples(model, chosen, args.number, args.seed, c, folder, device)
         labels = np.array([chosen[i % len(chosen)] for i in range(args.number)])
         name = f"{args.number} samples of {args.checkpoint}, seed {args.seed}, {str(dtype)[6:]}, {len(chosen)} classes, {values}"
@@ -416,14 +435,8 @@ def main():
         if args.save_reference:
             with replacing(args.save_reference) as temporary, open(temporary, "wb") as f:
                 np.savez(f, features=real.numpy(), mu=real_stats[0].numpy(), sigma=real_stats[1].numpy(),
-                         about=json.dumps({"features": network.name, "name": reference.name, "size": size}))
-    else:
-        real, real_stats = check_statistics(args.reference, held, network, size)
+                         about=json.dumps({"features": network.name, "name": reference.name, "size": size, "classes": classes}))
     fake, logits = measure(network, samples.batches(), samples.count, "pictures", device)
-    if fake.shape[1] != len(real_stats[0]):
-        raise UserError(f"{args.reference} has {len(real_stats[0])} features and {network.name} gives {fake.shape[1]}; it was made "
-                        "with another network.")
-    about = json.loads(str(held["about"])) if "about" in held else {}
     protocol = {"features": network.name, "reference": reference.name if reference else f"{args.reference} ("
                 + about.get("name", "of unknown origin, its protocol too") + ")",
                 "pictures": samples.name, "resolution": f"{size}x{size}", "neighbours": 3, "commit": commit()}
@@ -431,7 +444,7 @@ def main():
     if few > 1:
         results[f"FID{kind}"] = fid(*real_stats, *statistics(fake))
     if real is not None and few > 3:
-        results[f"precision{kind}"], results[f"recall{kind}"] = precision_recall(real, fake)
+        results[f"precision{kind}"], results[f"recall{kind}"] = precision_recall(real, fake, device=device)
     if logits is not None:
         results[f"Inception Score{kind}"], results["its deviation over 10 parts"] = inception_score(logits)
     names = "top-1 accuracy", "top-5 accuracy", "top-1 among the classes"
@@ -461,15 +474,17 @@ def claim(folder, about):
             temporary.write_text(text)
 
 
-def check_statistics(path, held, network, size):
+def check_statistics(path, held, about, network, size, dimension):
     """(features or None, (mean, covariance)) that an .npz holds. Raises UserError for one that is not of this network or
-    size, as far as it says."""
-    about = json.loads(str(held["about"])) if "about" in held else {}
+    size, as far as it says (`about`)."""
     for key, value, word in (("features", network.name, "features of"), ("size", size, "pictures of the size")):
         if about.get(key, value) != value:
             raise UserError(f"{path} holds {word} {about[key]}, and this run has {value}; make the reference again.")
     if "sigma" not in held or held["mu"].ndim != 1 or held["sigma"].shape != 2 * held["mu"].shape:
         raise UserError(f"{path} has no mean `mu` (d,) with a covariance `sigma` (d, d).")
+    if len(held["mu"]) != dimension:
+        raise UserError(f"{path} has {len(held['mu'])} features and {network.name} gives {dimension}; it was made with another "
+                        "network.")
     if not all(np.isfinite(held[key]).all() for key in ("mu", "sigma", "features") if key in held):
         raise UserError(f"{path} holds numbers that are not finite; make the reference again.")
     features = torch.from_numpy(held["features"]).float() if "features" in held else None

@@ -13,6 +13,7 @@ import re
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -21,7 +22,8 @@ from tqdm import tqdm
 
 import data
 import drr
-from common import BUNDLED, add_device_arguments, grid, pick_device, run, sampling_values, save_picture, to_pixels
+from common import (BUNDLED, add_device_arguments, check_sampling, grid, pick_device, run, sampling_values, save_picture,
+                    to_pixels)
 from drr import UserError
 
 
@@ -127,20 +129,16 @@ def load_checkpoint(folder):
 
 def settings(args, info, positions):
     """The checkpoint's section `sample` with the command line's values in it, checked."""
+    names = {"rounds": "--m", "revise_temperature": "--temperature", "revise_guidance": "--guidance",
+             **{key: "--" + key.replace("_", "-") for key in ("t_draft", "t_revise", "draft_temperature", "draft_guidance", "top_k",
+                                                              "top_p")}}
+    given = {key: getattr(args, key) for key in names if getattr(args, key) is not None}
+    twice = [key for key in given if any(text.startswith(f"{key}=") for text in args.overrides)]
+    if twice:
+        raise UserError(f"{names[twice[0]]} and {twice[0]}= are the same value; give one of them.")
     c = sampling_values(info.sample, args.overrides, positions)
-    limits = {"t_draft": (1, positions), "t_revise": (1, positions), "rounds": (0, 1000), "top_k": (0, info.vae.codebook_size),
-              "top_p": (0, 1), "revise_temperature": (0.01, 100), "draft_temperature": (0.01, 100),
-              "revise_guidance": (0, 100), "draft_guidance": (0, 100)}
-    names = {"rounds": "--m", "revise_temperature": "--temperature", "revise_guidance": "--guidance"}
-    for key, (low, high) in limits.items():
-        value = getattr(args, key)
-        if value is not None:
-            if not low <= value <= high or key == "top_p" and value == 0:
-                option = names.get(key, "--" + key.replace("_", "-"))
-                raise UserError(f"{option} is {value}; expected a number {'above' if key == 'top_p' else 'from'} {low} "
-                                f"{'and at most' if key == 'top_p' else 'to'} {high}.")
-            setattr(c, key, value)
-    return c
+    check_sampling(given, positions, names)
+    return SimpleNamespace(**{**vars(c), **given})
 
 
 def repaint_mask(args, picture, size):
@@ -219,7 +217,7 @@ def main():
     args = parse_arguments()
     device, dtype = pick_device(args)
     if args.reconstruct:
-        used = {k for k, v in vars(args).items() if v not in (None, False, 0)}
+        used = {k for k, v in vars(args).items() if v not in (None, False, 0, [])}
         if used - {"reconstruct", "out", "checkpoint", "device", "precision", "backend", "exported"} or args.backend != "torch":
             raise UserError("--reconstruct goes with --out, --checkpoint and --device only; leave the other options out.")
         vae, _ = drr.load_vae(Path(args.checkpoint or BUNDLED) / "vae.safetensors")

@@ -8,6 +8,7 @@ same random numbers, the classes of DIR/val in turn. Codes are kept after the dr
 all numbers of revisions up to its own.
 """
 import argparse
+import json
 import math
 import time
 from pathlib import Path
@@ -20,12 +21,12 @@ import bench
 import data
 import drr
 import evaluate
-from common import BUNDLED, add_device_arguments, grid, pick_device, run, sampling_values, save_picture, to_pixels
+from common import BUNDLED, add_device_arguments, grid, load_config, pick_device, run, sampling_values, save_picture, to_pixels
 from drr import UserError, replacing
+from estimate import synchronize
 
-PAPER = ("draft_temperature=1 draft_guidance=1 revise_temperature=0.8 revise_guidance=1.8 t_draft=8 t_revise=2 rounds=2 top_k=0 "
-         "top_p=1 order=random draft_growing=false draft_ramp=false draft_pool=1 revise_share=1 revise_better=false")
-RUNS = {                                             # name: what differs from PAPER
+BASE = "imagenet-821m", ["sample.t_draft=8"]         # the paper's values, with a shorter draft
+RUNS = {                                             # name: what differs from BASE
     "draft 4": "t_draft=4", "draft 8": "rounds=5", "draft 16": "t_draft=16", "draft 32": "t_draft=32",
     "draft 64": "t_draft=64 rounds=5",
     "T_revise 1": "t_revise=1", "T_revise 4": "t_revise=4", "T_revise 8": "t_revise=8",
@@ -65,13 +66,15 @@ METRICS = ("FID-like", "precision", "recall", "accuracy")
 
 # === Drawing: OUT/RUN-SEED.npz ======================================================================================
 def draw_run(model, labels, seed, c, batch, bar):
-    """Codes uint16 (images, 1 + M, N, D) after the draft and each revision, and the seconds per image up to there (1 + M,)."""
+    """Codes uint16 (images, 1 + M, N, D) after the draft and each revision, and the seconds per image up to there (1 + M,),
+    without the decoding to pixels."""
     codes, seconds = [], np.zeros(1 + c.rounds)
     for first in range(0, len(labels), batch):
         part, started = labels[first:first + batch], time.perf_counter()
         noise = drr.draw_noise(seed, range(first, first + len(part)), 1 + c.rounds, model.positions, model.depth)
         ends, clock = {}, np.zeros(1 + c.rounds)
         for state in drr.draft_and_revise(model, part[:, None], noise, c):
+            synchronize(labels.device)
             ends[state.round], clock[state.round] = state.codes, time.perf_counter() - started
         codes.append(torch.stack(list(ends.values()), 1).cpu().numpy().astype(np.uint16))
         seconds += clock / len(labels)
@@ -92,7 +95,7 @@ def features_of(path, vae, network, names, device):
     """Of a run and seed: per number of revisions, features (images, d) and which images, of the classes `names`, the network
     recognises."""
     kept = path.with_suffix(".features.npz")
-    if not kept.exists() or kept.stat().st_mtime < path.stat().st_mtime:
+    if not kept.exists() or str(np.load(kept)["network"]) != network.name:
         codes, number = np.load(path)["codes"], {name: i for i, name in enumerate(network.classes)}
         labels, found, right = torch.tensor([number[name] for name in names]), [], []
         for m in range(codes.shape[1]):
@@ -103,7 +106,7 @@ def features_of(path, vae, network, names, device):
             features, logits = evaluate.measure(network, pictures, len(codes), f"{path.stem}, M = {m}", device)
             found.append(features.numpy()), right.append((logits.argmax(1) == labels).numpy())
         with replacing(kept) as temporary, open(temporary, "wb") as f:
-            np.savez(f, features=np.stack(found), right=np.stack(right))
+            np.savez(f, features=np.stack(found), right=np.stack(right), network=network.name)
     with np.load(kept) as arrays:
         return arrays["features"], arrays["right"]
 
@@ -114,6 +117,9 @@ def four_metrics(real, real_stats, features, right):
     features = torch.from_numpy(features)
     return np.array([evaluate.fid(*real_stats, *evaluate.statistics(features)), *evaluate.precision_recall(real, features),
                      right.mean()])
+
+
+APART = 3        # standard errors of a difference: with five seeds, 4% of differences of nothing look larger
 
 
 def jackknife(values):
@@ -139,16 +145,17 @@ class Measured:
 
 
 def table(title, rows, measured, costs):
-    """A markdown table; bold where a number differs from the first row's by more than two standard errors of the difference."""
-    rows = [row for row in rows if row[1] in measured.held]
-    if not rows:
+    """A markdown table; bold where a number differs from the first row's by more than APART standard errors of the
+    difference."""
+    if rows[0][1] not in measured.held:
         return ""
+    rows = [row for row in rows if row[1] in measured.held]
     base, base_leave = measured(*rows[0][1:])
     lines = [f"### {title}", "", "| | FID-like | precision | recall | accuracy | s per image | GFLOP |", "|---" * 7 + "|"]
     for label, name, m in rows:
         value, leave = measured(name, m)
         error = jackknife(leave) if len(leave) else np.full(4, np.nan)
-        apart = np.abs(value - base) > 2 * jackknife(leave - base_leave) if len(leave) else np.zeros(4, bool)
+        apart = np.abs(value - base) > APART * jackknife(leave - base_leave) if len(leave) else np.zeros(4, bool)
         cells = [f"{v * s:.{d}f} ± {e * s:.{d}f}{u}" for v, e, s, d, u in
                  zip(value, error, (1, 100, 100, 100), (2, 1, 1, 2), ("", "%", "%", "%"))]
         cells = [f"**{cell}**" if a else cell for cell, a in zip(cells, apart)]
@@ -173,7 +180,7 @@ def plot(path, measured, costs):
         y = [measured(*p)[0][0] for p in points]
         e = [jackknife(measured(*p)[1])[0] if len(measured(*p)[1]) else 0 for p in points]
         left.errorbar([costs[name][0][m] for name, m in points], y, e, fmt=style, color=colour, label=label, capsize=2)
-    left.set(xscale="log", xlabel="seconds per image", ylabel="FID-like (our classifier)", title="Quality against time")
+    left.set(xscale="log", xlabel="seconds per image", ylabel="FID-like", title="Quality against time")
     left.legend()
     for t, colour in ((8, "tab:purple"), (64, "tab:blue")):
         if f"draft {t}" in measured.held:
@@ -181,7 +188,7 @@ def plot(path, measured, costs):
             right.plot(values[:, 2], values[:, 1], "o-", color=colour, label=f"T_draft {t}")
             for m, (_, p, r, _) in enumerate(values):
                 right.annotate(f"M={m}", (r, p), textcoords="offset points", xytext=(5, 3), fontsize=8)
-    right.set(xlabel="recall", ylabel="precision", title="Each revision trades recall for precision")
+    right.set(xlabel="recall", ylabel="precision", title="Revisions: M = 0 to 5")
     right.legend()
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110)
@@ -193,8 +200,9 @@ def infill(model, images, labels, c, device, batch=50):
     """A markdown table: how many hidden codes of validation images are found, by depth, with the right half or a random half of
     the stacks hidden; and pictures (rows of original, masked, filled with the mean colour, filled by the model)."""
     N, D, side = model.positions, model.depth, model.side
-    right_half = torch.arange(N) % side >= side // 2
-    random_half = torch.from_numpy(np.random.default_rng(0).permutation(N)) < N // 2
+    right_half = (torch.arange(N) % side >= side // 2).to(device)
+    random_half = (torch.from_numpy(np.random.default_rng(0).permutation(N)) < N // 2).to(device)
+    strangers = torch.from_numpy(np.random.default_rng(1).permutation(batch))
     lines, pictures = ["| hidden | codes from | " + " | ".join(f"depth {d + 1}" for d in range(D)) + " | all of a stack | PSNR there |",
                        "|---" * (4 + D) + "|"], []
     for title, region in (("right half", right_half), ("random half", random_half)):
@@ -205,24 +213,24 @@ def infill(model, images, labels, c, device, batch=50):
             codes = model.encode(x)
             mean = (x * ~pixel).sum((2, 3), keepdim=True) / (~pixel).sum()
             noise = drr.draw_noise(0, range(first, first + len(x)), 1 + c.rounds, N, D)
-            *_, last = drr.draft_and_revise(model, labels[first:first + len(x), None].to(device), noise, c, codes, region.to(device))
+            *_, last = drr.draft_and_revise(model, labels[first:first + len(x), None].to(device), noise, c, codes, region)
             ways = {"Draft-and-Revise": last.codes, "the mean colour": model.encode(torch.where(pixel, mean, x)),
-                    "other images": codes.roll(1, 0)}
+                    "another image": codes[strangers[strangers < len(x)]]}
             original = model.decode(codes)
             for way, filled in ways.items():
                 same = (filled == codes)[:, region]                                     # (B, n, D)
-                hits[way] = hits.get(way, 0) + np.array([*same.double().sum((0, 1)), same.all(-1).double().sum()])
-                decoded = model.decode(torch.where(region[:, None].to(device), filled, codes))
+                hits[way] = hits.get(way, 0) + np.array([*same.sum((0, 1)).tolist(), same.all(-1).sum().item()])
+                decoded = model.decode(torch.where(region[:, None], filled, codes))
                 errors[way] = errors.get(way, 0) + ((decoded - original).clamp(-2, 2).square() * pixel).sum().item()
             total += len(x) * int(region.sum())
             if first == 0:
-                pictures.append(torch.stack([x[:8], torch.where(pixel, 0, x)[:8], torch.where(pixel, mean, x)[:8],
-                                             model.decode(last.codes)[:8]]))
+                pictures.append(torch.stack([x[:5], torch.where(pixel, 0, x)[:5], torch.where(pixel, mean, x)[:5],
+                                             model.decode(last.codes)[:5]]))
         for way in ways:
             psnr = 10 * math.log10(4 * len(images) * 3 * int(pixel.sum()) / errors[way])
             lines.append(f"| {title} | {way} | " + " | ".join(f"{h / total:.1%}" for h in hits[way]) + f" | {psnr:.1f} dB |")
-    lines.append(f"| | chance | " + " | ".join([f"{1 / model.vae.quantizer.codebook.shape[0]:.1%}"] * D) + " | 0.0% | |")
-    return "\n".join(lines) + "\n", torch.cat(pictures, 1)          # (4, 16, 3, S, S)
+    lines.append("| | chance | " + " | ".join([f"{1 / model.vae.quantizer.codebook.shape[0]:.1%}"] * D) + " | 0.0% | |")
+    return "\n".join(lines) + "\n", torch.cat(pictures, 1)          # (4, 10, 3, S, S)
 
 
 def main():
@@ -251,23 +259,33 @@ def main():
                         "at least 4.")
     labels = torch.tensor([info.classes.index(name) for name in names], device=device)
     prefixes = tuple(args.runs.split(",")) if args.runs else ("",)
-    settings = {name: sampling_values(info.sample, f"{PAPER} {changes}".split(), transformer.positions)
-                for name, changes in RUNS.items() if name.startswith(prefixes)}
-    if not settings:
+    settings = {name: sampling_values(load_config(*BASE).sample, changes.split(), transformer.positions)
+                for name, changes in RUNS.items()}
+    if not any(name.startswith(prefixes) for name in RUNS):
         raise UserError(f"--runs {args.runs} fits none of the runs: {', '.join(RUNS)}.")
     evaluate.claim(out, [drr.fingerprint(vae), drr.fingerprint(transformer), names, str(dtype), args.images])
 
-    todo = [(seed, name) for seed in range(args.seeds) for name in settings if not path_of(out, name, seed).exists()]
+    todo = [(seed, name) for seed in range(args.seeds) for name in settings
+            if name.startswith(prefixes) and not path_of(out, name, seed).exists()]
     with tqdm(total=len(todo) * args.images, desc="drawing", unit="image") as bar:
         for seed, name in todo:
             bar.set_postfix_str(f"{name}, seed {seed}")
             shown = labels[classes_of(seed, args.images, len(names))]
             codes, seconds = draw_run(model, shown, seed, settings[name], args.batch, bar)
             with replacing(path_of(out, name, seed)) as temporary, open(temporary, "wb") as f:
-                np.savez(f, codes=codes, seconds=seconds)
+                np.savez(f, codes=codes, seconds=seconds, settings=json.dumps(vars(settings[name])))
 
-    paths = {name: sorted(out.glob(path_of(out, name, "*").name)) for name in settings}
-    paths = {name: [p for p in found if not p.name.endswith(".features.npz")] for name, found in paths.items()}
+    # Of the runs that are there, the seeds that all of them have: FID depends on the number of images.
+    paths = {name: {seed: path_of(out, name, seed) for seed in range(1000) if path_of(out, name, seed).exists()} for name in settings}
+    paths = {name: found for name, found in paths.items() if found}
+    seeds = sorted(set.intersection(*map(set, paths.values()))) if paths else []
+    if not seeds:
+        raise UserError(f"{out} holds no seed that all of its runs have; draw some, with --seeds 1 or more.")
+    paths = {name: [found[seed] for seed in seeds] for name, found in paths.items()}
+    for name, found in paths.items():
+        for path in found:
+            if str(np.load(path)["settings"]) != json.dumps(vars(settings[name])):
+                raise UserError(f"{path} was drawn with other values than {name!r} has today; move it away or give another --out.")
     real, _ = evaluate.measure(network, reference.batches(), reference.count, "reference", device)
     of_seed = lambda path: [names[i] for i in classes_of(int(path.stem.rpartition("-")[2]), args.images, len(names))]
     held = {name: [features_of(p, vae, network, of_seed(p), device) for p in found] for name, found in paths.items() if found}
@@ -279,16 +297,17 @@ def main():
             c.rounds = m
             flops.append(bench.decode_flops(transformer, c) / 1e9)
         c.rounds, costs[name] = len(seconds) - 1, (seconds, flops)
-    counts = sorted({len(found) for found in held.values()})
     text = [f"{network.name}; reference {reference.name}; {len(names)} classes in turn, "
-            f"{' or '.join(map(str, counts))} seeds of {args.images} images; {vae.size}x{vae.size}; {str(dtype)[6:]}, {device}; commit {evaluate.commit()}; "
-            "± standard error (jackknife over seeds); bold: more than two standard errors of the difference from the first row.\n"]
+            f"{len(seeds)} seeds of {args.images} images; {vae.size}x{vae.size}; {str(dtype)[6:]}, {device}; commit {evaluate.commit()}; "
+            "± standard error (jackknife over seeds, whose classes differ, too); bold: more than {APART} standard errors of the "
+            "difference from the first row.\n"]
     text += [table(title, rows, measured, costs) for title, rows in TABLES.items()]
     val, val_labels = data.validation_images(args.data, vae.size, 400, info.classes)
     c = sampling_values(info.sample, ["t_draft=16"], transformer.positions)
     infilled, pictures = infill(model, val, val_labels, c, device)
-    text += ["### In-filling of half of the stacks, 400 validation images, the checkpoint's sampling values, T_draft 16\n", infilled]
-    save_picture(grid(to_pixels(pictures[:, [*range(5), *range(8, 13)]].flatten(0, 1)), 10, max(1, 64 // vae.size)), out / "infill.png")
+    text += [f"### In-filling of half of the stacks, {len(val)} validation images, the checkpoint's sampling values, T_draft 16\n",
+             infilled]
+    save_picture(grid(to_pixels(pictures.flatten(0, 1)), pictures.shape[1], max(1, 64 // vae.size)), out / "infill.png")
     with replacing(out / "tables.md") as temporary:
         temporary.write_text("\n".join(text))
     print("\n".join(text))

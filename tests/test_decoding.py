@@ -352,7 +352,7 @@ def test_sobol_order_spreads_every_run_evenly():
     assert torch.equal(moved // 8, (base // 8 + 2) % 8) and torch.equal(moved % 8, (base % 8 + 3) % 8)
 
 
-def test_the_order_changes_the_sets_and_nothing_else():
+def test_the_order_says_who_is_drawn_when():
     model = FakeModel()
     decode(model, COND, seed=5, order="sobol", t_draft=4, rounds=0)
     order, _ = drr.draw_noise(5, range(3), 1, N, D)
@@ -386,6 +386,21 @@ def test_log_p_is_that_of_the_stack_when_it_was_drawn():
     expected = teacher_forced(transformer, state.codes, hidden, positions, COND, 1.8, 0.7)
     torch.testing.assert_close(state.log_p.gather(1, positions), expected, atol=1e-4, rtol=0)
     assert torch.equal(state.log_p != 0, torch.zeros(3, N, dtype=torch.bool).scatter(1, positions, True))
+
+
+def test_log_p_counts_what_top_k_and_top_p_leave():
+    """FakeModel's logits depend on condition and depth alone, so that each code's probability is known."""
+    model, n = FakeModel(), 500
+    grid = ((torch.arange(n) + 0.5) / n)[:, None].expand(n, 2)
+    stacks, log_p = drr.sample_stacks(model, torch.full((n, 3), 2.0), grid, how(0.8, 1.0, 5, 0.8))
+    expected = torch.zeros(n)
+    for d in range(2):
+        p = drr.probabilities(model.logits(2, d)[None], how(0.8, 1.0, 5, 0.8))[0]
+        assert (p == 0).any()
+        expected += (p / p.sum())[stacks[:, d]].log()
+    torch.testing.assert_close(log_p, expected)
+    again, same = drr.sample_stacks(model, torch.full((n, 3), 2.0), grid, how(0.8, 1.0, 5, 0.8), stacks)
+    assert torch.equal(again, stacks) and torch.equal(same, log_p)
 
 
 @torch.no_grad()

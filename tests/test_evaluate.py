@@ -10,6 +10,8 @@ import pytest
 import torch
 from conftest import TESTS
 from PIL import Image
+from test_scripts import execute
+from test_scripts import run as run_script
 from test_training import torchrun
 
 import common
@@ -165,7 +167,7 @@ def test_a_saved_reference_gives_the_same_numbers(net, call, tmp_path):
 def test_samples_are_resumed_extended_and_the_same_on_two_ranks(net, call, tmp_path):
     command = ["--reference", PHOTOS, "--crop", "--features", net, "--out", "drawn", *QUICK]
     first = call(*command, "--number", 12)
-    assert "4 classes" in first.stdout and "warning: 12 pictures" not in first.stdout
+    assert "4 classes" in first.stdout and "warning" not in first.stdout                # 12 pictures, 6 features
     parts = {p.name: p.read_bytes() for p in (tmp_path / "drawn").glob("part-*")}
     assert list(sorted(parts)) == ["part-000000.npy", "part-000001.npy"]
     (tmp_path / "drawn" / "part-000000.npy").unlink()
@@ -194,6 +196,20 @@ def test_reconstructions_come_closer_to_the_reference_than_samples(net, call, tm
     assert "reconstructions by" in rebuilt.stdout
 
 
+def test_a_saved_reference_draws_the_classes_that_its_pictures_had(net, call, tmp_path):
+    command = ["--features", net, "--number", 8, *QUICK]
+    first = call("--reference", PHOTOS, "--crop", "--save-reference", "ref.npz", "--out", "drawn", *command)
+    again = call("--reference", "ref.npz", "--out", "drawn", *command)
+    assert again.returncode == 0 and numbers(again.stdout)["FID-like"] == numbers(first.stdout)["FID-like"]
+    assert "4 classes" in again.stdout
+
+
+def test_what_is_wrong_is_said_before_anything_is_drawn(net, call, tmp_path):
+    np.savez(tmp_path / "seven.npz", mu=np.zeros(7), sigma=np.eye(7))
+    done = call("--reference", "seven.npz", "--features", net, "--out", "drawn", *QUICK)
+    assert done.returncode == 2 and not (tmp_path / "drawn").exists()
+
+
 def test_too_few_pictures_are_named(net, call, tmp_path):
     pictures(tmp_path / "a", 20), pictures(tmp_path / "b", 5)
     done = call("--reference", "a", "--samples", "b", "--features", net)
@@ -212,12 +228,17 @@ def test_too_few_pictures_are_named(net, call, tmp_path):
     (["--reference", "seven.npz", "--samples", "a"], ["7 features", "another network"]),
     (["--reference", "float.npz", "--samples", "a"], ["float.npz", "expected uint8"]),
     (["--reference", "a", "--samples", "b.npz"], ["b.npz", "does not exist"]),
-    (["--reference", "a", "--samples", "a", "--class", "980"], ["--samples"]),
+    (["--reference", "a", "--samples", "a", "--class", "980"], ["--samples", "--class"]),
+    (["--reference", "a", "--reconstructions", "--number", "8"], ["--number"]),
+    (["--reference", "a", "--reconstructions", "t_draft=8"], ["key=value"]),
+    (["--reference", "a", "--samples", "mixed", "--crop"], ["33 x 33"]), (["--reference", "a", "order=["], ["order=[", "YAML"]),
+    (["--reference", "a", "revise_temperature=1e-30"], ["revise_temperature", "0.01"]),
+    (["--reference", "large", "--samples", "large", "--features", "fixed.pt2"], ["fixed.pt2", "40, 40"]),
     (["--reference", "a", "--samples", "a", "--reconstructions"], ["exclude"]),
     (["--reference", "nan.npz", "--reconstructions"], ["statistics"]),
     (["--reference", "a", "--number", "0"], ["--number"]),
     (["--reference", "a", "nonsense=1"], ["nonsense"]), (["--reference", "a", "t_draft=many"], ["t_draft"]),
-    (["--reference", "a", "t_draft=65"], ["at most 64"]), (["--reference", "a", "--class", "unheard of"], ["unheard"]),
+    (["--reference", "a", "t_draft=65"], ["t_draft", "1 to 64"]), (["--reference", "a", "--class", "unheard of"], ["unheard"]),
     (["--reference", "a", "--samples", "a", "--features", "text.pt"], ["text.pt", "neither"]),
     (["--reference", "a", "--samples", "a", "--features", "inceptoin"], ["inceptoin", "expected"]),
     (["--reference", "large", "--samples", "large"], ["32x32", "40x40"]),
@@ -242,6 +263,7 @@ def mistakes(tmp_path_factory):
     np.savez(folder / "nan.npz", mu=np.full(6, np.nan), sigma=np.eye(6))
     np.savez(folder / "seven.npz", mu=np.zeros(7), sigma=np.eye(7))
     np.savez(folder / "float.npz", arr_0=np.zeros((4, 32, 32, 3)))
+    torch.export.save(torch.export.export(Net(), (torch.zeros(2, 3, 32, 32),)), folder / "fixed.pt2")      # says no size
     for name, f in (("nan.pt", lambda x: x.mean((2, 3)) / 0 * 0), ("flat.pt", lambda x: x)):
         torch.jit.trace(f, torch.zeros(2, 3, 32, 32)).save(str(folder / name))
     return folder
@@ -254,10 +276,32 @@ def test_inception_without_its_package_says_what_to_install(call):
     assert done.returncode == 2 and "pip install torch-fidelity" in done.error and "classifier" in done.error
 
 
-def test_our_classifier_knows_its_validation_classes_better_than_chance():
+def test_our_classifier_names_its_classes_and_tells_pictures_apart():
     network = evaluate.load_features("classifier", torch.device("cpu"))
-    features, logits = network.extract(torch.zeros(3, 3, 32, 32))
-    assert features.shape == (3, 64) and logits.shape == (3, len(network.classes)) and len(network.classes) == 200
+    files = sorted(PHOTOS.rglob("*.JPEG"))
+    images = torch.stack([data.crop(data.open_image(f), 32) for f in files])
+    features, logits = evaluate.measure(network, [images], len(files), "photographs", torch.device("cpu"))
+    assert features.shape == (len(files), 64) and logits.shape == (len(files), 200)
+    assert len(set(network.classes)) == 200 and {"n02814860", "n09332890"} <= set(network.classes)     # beacon, lakeside
+    right = [network.classes[k] == f.parent.name for k, f in zip(logits.argmax(1), files)]
+    assert sum(right) >= 2                                         # of 8 photographs of its classes; chance is 0.04
+
+
+def test_a_classifier_is_trained_and_used(call, tmp_path):
+    """Two classes that a glance tells apart: dark and bright noise."""
+    rng = np.random.default_rng(0)
+    for split, n in (("train", 110), ("val", 20)):
+        for name, low in (("dark", 0), ("bright", 128)):
+            (tmp_path / "data" / split / name).mkdir(parents=True)
+            for i in range(n):
+                noise = rng.integers(low, low + 128, (32, 32, 3), dtype=np.uint8)
+                Image.fromarray(noise).save(tmp_path / "data" / split / name / f"{i}.png")
+    tool, common = "tools/train_classifier.py", ["--data", "data", "--out", "net.pt2", "--precision", "fp32", "--batch-size"]
+    done = execute(tool, *common, 300, cwd=tmp_path)
+    assert done.returncode == 2 and "--batch-size" in done.stderr and not (tmp_path / "net.pt2").exists()
+    assert "validation accuracy 100" in run_script(tool, *common, 20, "--epochs", 2, cwd=tmp_path).stdout
+    done = call("--reference", "data/val", "--samples", "data/val", "--features", "net.pt2")
+    assert numbers(done.stdout)["top-1 accuracy"] == 1 and numbers(done.stdout)["FID-like"] == pytest.approx(0, abs=1e-4)
 
 
 @pytest.mark.skipif(NO_CLASSIFIER, reason="needs pip install -r requirements-evaluate.txt")

@@ -176,6 +176,19 @@ def test_a_strip_shows_six_states_of_the_draft_and_every_revision(draw, tmp_path
         assert np.array_equal(strip[130 * i:130 * i + 128, -128:], np.array(result))
 
 
+def test_values_of_the_section_sample_are_options_too(draw, tmp_path):
+    for name, arguments in (("a", ["--m", 1, "--guidance", 3]), ("b", ["rounds=1", "revise_guidance=3"]),
+                            ("c", ["rounds=1", "revise_guidance=3", "order=sobol"])):
+        draw("--class", 2, "--num", 1, *arguments, "--out", f"{name}.png")
+    a, b, c = ((tmp_path / f"{name}.png").read_bytes() for name in "abc")
+    assert a == b != c
+
+
+def test_a_strip_of_choosy_revisions_has_the_same_columns(draw, tmp_path):
+    draw("--class", 2, "--num", 1, "--m", 2, "--strip", "revise_share=0.02", "draft_growing=true", "--out", "strip.png")
+    assert pixels(tmp_path / "strip.png").shape == (128, (6 + 2) * 130 - 2, 3)
+
+
 @pytest.fixture
 def photo(tmp_path):
     """A photograph of the model's own size, so that nothing is lost by cropping it."""
@@ -341,6 +354,9 @@ REPAINT = "--class 2 --num 1 --image photo.png"
     ("--class 2 --guidance -1", "--guidance"),
     ("--class 2 --top-p 0", "--top-p"), ("--class 2 --top-p 1.5", "--top-p"), ("--class 2 --top-p nan", "--top-p"),
     ("--class 2 --top-k -1", "--top-k"),
+    ("--class 2 nonsense=1", "nonsense"), ("--class 2 order=sideways", "sideways"), ("--class 2 order=[", "YAML"),
+    ("--class 2 rounds=100000", "rounds"), ("--class 2 draft_pool=1.5", "draft_pool"), ("--class 2 sobol", "sobol"),
+    ("--class 2 --t-draft 4 t_draft=8", "t_draft="), ("--reconstruct photo.png order=sobol", "--reconstruct"),
     (f"{REPAINT} --region 0,0,33,8", "32 x 32"), (f"{REPAINT} --region 8,8,8,16", "--region"),
     (f"{REPAINT} --region 1,2,3", "--region"),
     (f"{REPAINT} --region a,b,c,d", "--region"), (f"{REPAINT} --region -4,0,8,8", "--region"),

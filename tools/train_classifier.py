@@ -1,6 +1,6 @@
 """Trains the small classifier whose features stand in for Inception's where that cannot be downloaded.
 
-    python tools/train_classifier.py --data DIR --out checkpoints/classifier-32/classifier.pt2
+    python tools/train_classifier.py --data DIR --out checkpoints/classifier-32/classifier.pt2 --epochs 3
 
 The file is a program of torch.export: images (B, 3, 32, 32) in [-1, 1] -> features (B, 64), logits (B, classes). It learns the
 classes of DIR/train that have at least 100 pictures, central squares at 32x32. Its numbers compare models of this project with
@@ -92,6 +92,9 @@ def main():
 
     torch.manual_seed(args.seed)
     net = Classifier(len(classes)).to(device)
+    if args.epochs < 1 or not 1 <= args.batch_size <= len(images):
+        raise UserError(f"--epochs is {args.epochs} and --batch-size {args.batch_size}; expected from 1 on, and at most "
+                        f"{len(images)}, the number of pictures.")
     steps = args.epochs * (len(images) // args.batch_size)
     opt = torch.optim.AdamW(net.parameters(), lr=3e-3, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(opt, 3e-3, total_steps=steps, pct_start=0.2)
