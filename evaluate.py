@@ -287,16 +287,23 @@ def inception_score(logits, splits=10):
     return scores.mean().item(), scores.std(correction=0).item()
 
 
-def precision_recall(real, fake, k=3, device="cpu"):
+def precision_recall(real, fake, k=3, real_radii=None):
     """Shares of the fake features (M, d) that lie among the real ones (N, d), and of the real ones among the fake ones. To
-    lie among points is to be no farther from one of them than its k-th neighbour (Kynkaanniemi et al. 2019)."""
-    real, fake = real.to(device), fake.to(device)
+    lie among points is to be no farther from one of them than its k-th neighbour (Kynkaanniemi et al. 2019). `real_radii`
+    saves the work where it has been done."""
+    def share(points, among, radii):
+        return torch.cat([(torch.cdist(part, among) <= radii).any(1) for part in blocks(points)]).float().mean().item()
+    return (share(fake, real, neighbour_radii(real, k) if real_radii is None else real_radii),
+            share(real, fake, neighbour_radii(fake, k)))
 
-    def share(points, among):                                # the nearest of the points is the point itself, hence k + 1
-        blocks = lambda x: tqdm(x.split(2048), "neighbours", unit="block", leave=False, disable=len(x) <= 2 ** 13)
-        radius = torch.cat([torch.cdist(part, among).kthvalue(k + 1).values for part in blocks(among)])
-        return torch.cat([(torch.cdist(part, among) <= radius).any(1) for part in blocks(points)]).float().mean().item()
-    return share(fake, real), share(real, fake)
+
+def neighbour_radii(points, k=3):
+    """Distance (N,) of each of the points (N, d) to its k-th neighbour. The nearest point is the point itself, hence k + 1."""
+    return torch.cat([torch.cdist(part, points).kthvalue(k + 1).values for part in blocks(points)])
+
+
+def blocks(points):
+    return tqdm(points.split(2048), "neighbours", unit="block", leave=False, disable=len(points) < 2 ** 14)
 
 
 def class_accuracy(logits, names, classes):
@@ -444,7 +451,7 @@ def main():
     if few > 1:
         results[f"FID{kind}"] = fid(*real_stats, *statistics(fake))
     if real is not None and few > 3:
-        results[f"precision{kind}"], results[f"recall{kind}"] = precision_recall(real, fake, device=device)
+        results[f"precision{kind}"], results[f"recall{kind}"] = precision_recall(real.to(device), fake.to(device))
     if logits is not None:
         results[f"Inception Score{kind}"], results["its deviation over 10 parts"] = inception_score(logits)
     names = "top-1 accuracy", "top-5 accuracy", "top-1 among the classes"

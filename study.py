@@ -112,11 +112,11 @@ def features_of(path, vae, network, names, device):
 
 
 # === Numbers with standard errors ===================================================================================
-def four_metrics(real, real_stats, features, right):
+def four_metrics(real, real_stats, real_radii, features, right):
     """METRICS of features (images, d) and hits (images,)."""
     features = torch.from_numpy(features)
-    return np.array([evaluate.fid(*real_stats, *evaluate.statistics(features)), *evaluate.precision_recall(real, features),
-                     right.mean()])
+    return np.array([evaluate.fid(*real_stats, *evaluate.statistics(features)),
+                     *evaluate.precision_recall(real, features, real_radii=real_radii), right.mean()])
 
 
 APART = 3        # standard errors of a difference: with five seeds, 4% of differences of nothing look larger
@@ -132,13 +132,13 @@ class Measured:
     """The four metrics of (run, revisions) over all seeds, and over all but one."""
 
     def __init__(self, real, held):
-        self.real, self.stats, self.held, self.known = real, evaluate.statistics(real), held, {}
+        self.real, self.held, self.known = (real, evaluate.statistics(real), evaluate.neighbour_radii(real)), held, {}
 
     def __call__(self, name, m):
         if (name, m) not in self.known:
             parts = self.held[name]                          # a list of (features, right), one a seed
             leave = [[i for i in range(len(parts)) if i != k] for k in range(len(parts))] if len(parts) > 1 else []
-            rows = [four_metrics(self.real, self.stats, np.concatenate([parts[i][0][m] for i in chosen]),
+            rows = [four_metrics(*self.real, np.concatenate([parts[i][0][m] for i in chosen]),
                                  np.concatenate([parts[i][1][m] for i in chosen])) for chosen in (range(len(parts)), *leave)]
             self.known[name, m] = rows[0], np.array(rows[1:])
         return self.known[name, m]
@@ -202,7 +202,6 @@ def infill(model, images, labels, c, device, batch=50):
     N, D, side = model.positions, model.depth, model.side
     right_half = (torch.arange(N) % side >= side // 2).to(device)
     random_half = (torch.from_numpy(np.random.default_rng(0).permutation(N)) < N // 2).to(device)
-    strangers = torch.from_numpy(np.random.default_rng(1).permutation(batch))
     lines, pictures = ["| hidden | codes from | " + " | ".join(f"depth {d + 1}" for d in range(D)) + " | all of a stack | PSNR there |",
                        "|---" * (4 + D) + "|"], []
     for title, region in (("right half", right_half), ("random half", random_half)):
@@ -215,7 +214,7 @@ def infill(model, images, labels, c, device, batch=50):
             noise = drr.draw_noise(0, range(first, first + len(x)), 1 + c.rounds, N, D)
             *_, last = drr.draft_and_revise(model, labels[first:first + len(x), None].to(device), noise, c, codes, region)
             ways = {"Draft-and-Revise": last.codes, "the mean colour": model.encode(torch.where(pixel, mean, x)),
-                    "another image": codes[strangers[strangers < len(x)]]}
+                    "another image": codes.roll(len(x) // 2, 0)}
             original = model.decode(codes)
             for way, filled in ways.items():
                 same = (filled == codes)[:, region]                                     # (B, n, D)
@@ -299,7 +298,7 @@ def main():
         c.rounds, costs[name] = len(seconds) - 1, (seconds, flops)
     text = [f"{network.name}; reference {reference.name}; {len(names)} classes in turn, "
             f"{len(seeds)} seeds of {args.images} images; {vae.size}x{vae.size}; {str(dtype)[6:]}, {device}; commit {evaluate.commit()}; "
-            "± standard error (jackknife over seeds, whose classes differ, too); bold: more than {APART} standard errors of the "
+            f"± standard error (jackknife over seeds, whose classes differ, too); bold: more than {APART} standard errors of the "
             "difference from the first row.\n"]
     text += [table(title, rows, measured, costs) for title, rows in TABLES.items()]
     val, val_labels = data.validation_images(args.data, vae.size, 400, info.classes)
