@@ -2,6 +2,7 @@
 
     python study.py --data DIR --out runs/study --seeds 5     # draws what is not there yet, then the tables and the plot
     python study.py --data DIR --out runs/study --seeds 0     # tables of what is there
+    python study.py --data DIR --out runs/study --infill      # only how well hidden halves of DIR/val are filled in
 
 Every run is one way of decoding, with the paper's values where it does not say otherwise. All runs draw the same images from the
 same random numbers, the classes of DIR/val in turn. Codes are kept after the draft and after each revision, so that one run serves
@@ -167,6 +168,7 @@ def plot(path, measured, costs):
     """Quality against seconds per image, and precision against recall as revisions are added."""
     try:
         import matplotlib.pyplot as plt
+        from matplotlib.ticker import LogLocator, NullFormatter
     except ImportError:
         raise UserError("The plot needs matplotlib; pip install -r requirements-train.txt.") from None
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
@@ -181,6 +183,9 @@ def plot(path, measured, costs):
         e = [jackknife(measured(*p)[1])[0] if len(measured(*p)[1]) else 0 for p in points]
         left.errorbar([costs[name][0][m] for name, m in points], y, e, fmt=style, color=colour, label=label, capsize=2)
     left.set(xscale="log", xlabel="seconds per image", ylabel="FID-like", title="Quality against time")
+    left.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    left.xaxis.set_major_formatter("{x:g}")
+    left.xaxis.set_minor_formatter(NullFormatter())
     left.legend()
     for t, colour in ((8, "tab:purple"), (64, "tab:blue")):
         if f"draft {t}" in measured.held:
@@ -232,6 +237,17 @@ def infill(model, images, labels, c, device, batch=50):
     return "\n".join(lines) + "\n", torch.cat(pictures, 1)          # (4, 10, 3, S, S)
 
 
+def infill_to(out, model, directory, info, device):
+    """`infill` of up to 400 images of DIR/val: writes OUT/infill.png and returns the section of tables.md."""
+    images, labels = data.validation_images(directory, model.size, 400, info.classes)
+    if images is None:
+        raise UserError(f"{directory} has no val/<class>/* with classes of this checkpoint.")
+    lines, pictures = infill(model, images, labels, sampling_values(info.sample, ["t_draft=16"], model.positions), device)
+    save_picture(grid(to_pixels(pictures.flatten(0, 1)), pictures.shape[1], max(1, 96 // model.size)), out / "infill.png")
+    return ("### In-filling of half of the stacks\n\n"
+            f"{len(images)} images of {directory}/val, the checkpoint's sampling values, T_draft 16.\n\n{lines}")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -242,7 +258,8 @@ def main():
     add("--seeds", type=int, default=5, help="how often (5)")
     add("--images", type=int, default=80, metavar="N", help="images of a seed (80)")
     add("--batch", type=int, default=40, help="images decoded at a time (40)")
-    add("--runs", metavar="NAME,...", help="only runs whose names begin so")
+    add("--runs", metavar="NAME,...", help="draw only runs whose names begin so")
+    add("--infill", action="store_true", help="in-filling only")
     add_device_arguments(parser)
     args = parser.parse_args()
     if args.seeds < 0 or args.batch < 1 or args.images < 4:
@@ -250,7 +267,10 @@ def main():
     device, dtype = pick_device(args)
     out = Path(args.out)
     vae, transformer, info = drr.load_checkpoint(args.checkpoint)
-    model, network = drr.TorchModel(vae, transformer, device, dtype), evaluate.load_features(args.features, device)
+    model = drr.TorchModel(vae, transformer, device, dtype)
+    if args.infill:
+        return print(infill_to(out, model, args.data, info, device))
+    network = evaluate.load_features(args.features, device)
     reference = evaluate.in_folder(Path(args.data) / "val", vae.size)
     names = sorted(set(reference.labels or ()) & set(info.classes) & set(network.classes or ()))
     if len(names) < 4 or reference.count < 4:                # precision and recall look at the third neighbour
@@ -301,16 +321,11 @@ def main():
             f"± standard error (jackknife over seeds, whose classes differ, too); bold: more than {APART} standard errors of the "
             "difference from the first row.\n"]
     text += [table(title, rows, measured, costs) for title, rows in TABLES.items()]
-    val, val_labels = data.validation_images(args.data, vae.size, 400, info.classes)
-    c = sampling_values(info.sample, ["t_draft=16"], transformer.positions)
-    infilled, pictures = infill(model, val, val_labels, c, device)
-    text += [f"### In-filling of half of the stacks, {len(val)} validation images, the checkpoint's sampling values, T_draft 16\n",
-             infilled]
-    save_picture(grid(to_pixels(pictures.flatten(0, 1)), pictures.shape[1], max(1, 64 // vae.size)), out / "infill.png")
+    plot(out / "study.png", measured, costs)
+    text.append(infill_to(out, model, args.data, info, device))
     with replacing(out / "tables.md") as temporary:
         temporary.write_text("\n".join(text))
     print("\n".join(text))
-    plot(out / "study.png", measured, costs)
     print(f"-> {out / 'tables.md'}, {out / 'study.png'}, {out / 'infill.png'}")
 
 
