@@ -18,6 +18,10 @@ sys.dont_write_bytecode = True
 import drr  # after the path to it
 
 
+def pytest_configure(config):
+    config.option.loadscopereorder = False    # pytest-xdist: not the files with the most tests first, but in the order of below
+
+
 def pytest_collection_modifyitems(items):
     """The longest files first, so that two workers finish at about the same time."""
     items.sort(key=lambda item: item.path.name not in ("test_scripts.py", "test_training.py"))
