@@ -3,6 +3,7 @@ import importlib.util
 import json
 import re
 import shutil
+import zipfile
 from types import SimpleNamespace
 
 import numpy as np
@@ -300,6 +301,8 @@ def test_a_classifier_is_trained_and_used(call, tmp_path):
     done = execute(tool, *common, 300, cwd=tmp_path)
     assert done.returncode == 2 and "--batch-size" in done.stderr and not (tmp_path / "net.pt2").exists()
     assert "validation accuracy 100" in run_script(tool, *common, 20, "--epochs", 2, cwd=tmp_path).stdout
+    with zipfile.ZipFile(tmp_path / "net.pt2") as archive:          # no path of this machine is in it
+        assert not any(b"train_classifier.py" in archive.read(name) for name in archive.namelist())
     done = call("--reference", "data/val", "--samples", "data/val", "--features", "net.pt2")
     assert numbers(done.stdout)["top-1 accuracy"] == 1 and numbers(done.stdout)["FID-like"] == pytest.approx(0, abs=1e-4)
 

@@ -118,6 +118,8 @@ def main():
         accuracy = (logits.argmax(1) == val_labels).float().mean().item()
         tqdm.write(f"epoch {epoch + 1} loss {loss.item():.3f} validation accuracy {accuracy:.2%} {time.time() - started:.0f} s")
     program = torch.export.export(net.eval().cpu(), (torch.zeros(2, 3, SIZE, SIZE),), dynamic_shapes=({0: torch.export.Dim("B")},))
+    for node in program.graph.nodes:             # where on this machine each line of the model stands is nobody's business
+        node.meta.pop("stack_trace", None)
     about = {"classes": classes, "size": SIZE, "epochs": args.epochs, "seed": args.seed, "validation_accuracy": accuracy}
     with replacing(args.out) as temporary, open(temporary, "wb") as f:
         torch.export.save(program, f, extra_files={"about.json": json.dumps(about)})
