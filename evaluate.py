@@ -382,7 +382,7 @@ def main():
     rank, _ = drr.ranks()
 
     # --- what is measured, and against what --------------------------------------------------------------------------
-    samples = vae = None
+    samples = None
     if args.samples:
         samples = open_pictures(args.samples)
         size = samples.size

@@ -152,7 +152,7 @@ def table(title, rows, measured, costs):
         return ""
     rows = [row for row in rows if row[1] in measured.held]
     base, base_leave = measured(*rows[0][1:])
-    lines = [f"### {title}", "", "| | FID-like | precision | recall | accuracy | s per image | GFLOP |", "|---" * 7 + "|"]
+    lines = [f"### {title}", "", f"| | {' | '.join(METRICS)} | s per image | GFLOP |", "|---" * 7 + "|"]
     for label, name, m in rows:
         value, leave = measured(name, m)
         error = jackknife(leave) if len(leave) else np.full(4, np.nan)
