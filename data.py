@@ -11,6 +11,7 @@ import io
 import json
 import os
 import tarfile
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -147,12 +148,17 @@ def open_shards(shards, directory, index):
     return Files([str(shard) for shard in shards], [len(held[s]["names"]) for s in shards], **columns), labels, classes
 
 
+# numpy reads a file's header with Python's parser, which up to Python 3.11.7 fails now and then when two threads are in it
+# (python/cpython issue 106905).
+ONE_AT_A_TIME = threading.Lock()
+
+
 def shard_index(path, folder):
     """`read_shard`, kept in `folder` (None: nowhere) for as long as the shard has its name, size and time."""
     stat = path.stat()
     kept = Path(folder or "") / f"{path.parent.name}-{path.name}-{stat.st_size}-{stat.st_mtime_ns}.npz"
     if folder and kept.exists():
-        with np.load(kept) as arrays:
+        with ONE_AT_A_TIME, np.load(kept) as arrays:
             return dict(arrays)
     arrays = read_shard(path)
     if folder:

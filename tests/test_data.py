@@ -1,5 +1,6 @@
 """Images in folders or tar shards -> batches: what is found, how it is cropped, that a batch depends on (seed, step)
 alone, and that the token cache is the same however it came about."""
+import contextlib
 import io
 import json
 import os
@@ -8,6 +9,8 @@ import signal
 import subprocess
 import sys
 import tarfile
+import threading
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -200,6 +203,21 @@ def test_shards_beside_pictures_and_shards_without_any_are_the_users_mistake(sha
     write(shards / "train" / "a" / "1.png")
     with pytest.raises(drr.UserError, match="both"):
         data.find_images(shards)
+
+
+def test_indices_of_shards_are_read_one_at_a_time(shards, tmp_path, monkeypatch):
+    first, load, busy = data.find_images(shards, index=tmp_path / "index")[0], np.load, threading.Lock()
+
+    @contextlib.contextmanager
+    def alone(path):                                           # python/cpython issue 106905: rare, and fatal
+        assert busy.acquire(blocking=False)
+        time.sleep(0.02)
+        with load(path) as arrays:
+            yield arrays
+        busy.release()
+
+    monkeypatch.setattr(np, "load", alone)
+    assert list(data.find_images(shards, index=tmp_path / "index")[0]) == list(first)
 
 
 def test_a_shard_is_read_once_and_again_when_it_has_changed(shards, tmp_path, monkeypatch):
