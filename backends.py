@@ -17,6 +17,7 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 
+import drr
 from drr import UserError
 
 GRAPHS = ("spatial", "depth", "decoder", "encoder")
@@ -108,8 +109,9 @@ class ExportedModel:
         return [t if size == rows else F.pad(t, (0, 0) * (t.dim() - 1) + (0, size - rows)) for t in tensors]
 
     @torch.inference_mode()
-    def context(self, codes, mask, cond):
-        return self.graphs["spatial"](*self.padded("spatial", codes, mask, cond))[0][:len(codes)]
+    def context(self, codes, mask, cond, positions=None):
+        h = self.graphs["spatial"](*self.padded("spatial", codes, mask, cond))[0][:len(codes)]
+        return h if positions is None else drr.pick(h, positions)
 
     @torch.inference_mode()
     def depth_step(self, h, stacks, d, cache):

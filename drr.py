@@ -187,9 +187,10 @@ class ResBlock(nn.Module):
 def attention(q, k, v, causal=False):
     """softmax(q k^T / sqrt(c)) v for q, k, v (..., T, c); causal: a token sees itself and earlier ones.
 
-    Written out on a CPU, where PyTorch's fused kernel took 7 times as long for 65 tokens, forward and backward.
+    Written out to train on a CPU, where PyTorch's fused kernel took 7 times as long for 65 tokens, forward and backward;
+    without a backward pass it took 0.1 to 0.8 of the time. And for ONNX, which does not have that kernel.
     """
-    if q.is_cuda:
+    if q.is_cuda or not (torch.is_grad_enabled() or torch.compiler.is_exporting()):
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
     scores = q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)                                      # (..., T, T)
     if causal:
@@ -368,18 +369,31 @@ class Block(nn.Module):
         self.qkv, self.proj = nn.Linear(d_model, 3 * d_model), nn.Linear(d_model, d_model)
         self.fc1, self.fc2 = nn.Linear(d_model, 4 * d_model), nn.Linear(4 * d_model, d_model)
 
-    def forward(self, x, causal=False, cache=None, position=0):
+    def forward(self, x, causal=False, cache=None, position=0, wanted=None):
         """With `cache` (2, B, heads, D, head_dim), x (B, 1, d_model) is the token at `position`: its key and value are
-        written there and it sees the positions up to its own."""
-        B, T, d = x.shape
-        qkv = self.qkv(self.ln1(x)).view(B, T, 3, self.heads, -1)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()                       # 3 x (B, heads, T, head_dim)
+        written there and it sees the positions up to its own. With `wanted` (B, n) only these tokens come out,
+        (B, n, d_model): they look at all of x, but what nobody asks for is not computed."""
+        d = x.shape[-1]
+        heads = lambda y: y.unflatten(-1, (-1, d // self.heads)).transpose(1, 2)     # (B, T, c d) -> (B, c heads, T, head_dim)
+        y = self.ln1(x)
+        if wanted is None:
+            q, k, v = heads(self.qkv(y)).chunk(3, 1)
+        else:
+            (w_q, w_kv), (b_q, b_kv) = (t.split([d, 2 * d]) for t in (self.qkv.weight, self.qkv.bias))
+            q = heads(F.linear(pick(y, wanted), w_q, b_q))
+            k, v = heads(F.linear(y, w_kv, b_kv)).chunk(2, 1)
+            x = pick(x, wanted)
         if cache is not None:
             cache[0, :, :, position], cache[1, :, :, position] = k[:, :, 0], v[:, :, 0]
             k, v = cache[:, :, :, :position + 1].unbind()
         a = attention(q, k, v, causal)
-        x = x + self.proj(a.transpose(1, 2).reshape(B, T, d))
+        x = x + self.proj(a.transpose(1, 2).flatten(2))
         return x + self.fc2(F.gelu(self.fc1(self.ln2(x))))
+
+
+def pick(x, positions):
+    """x (B, T, c), positions (B, n) -> x at these positions, (B, n, c)."""
+    return x.gather(1, positions[..., None].expand(-1, -1, x.shape[-1]))
 
 
 class ContextualRQTransformer(nn.Module):
@@ -419,13 +433,16 @@ class ContextualRQTransformer(nn.Module):
             if isinstance(m, nn.Linear):
                 nn.init.zeros_(m.bias)                                      # ... and biases start at 0
 
-    def context(self, codes, mask, cond):
+    def context(self, codes, mask, cond, positions=None):
         """h (B, N, d_model) from codes (B, N, D), mask (B, N) (True = hidden: those codes have no influence) and
-        cond (B, L) (Eq. 6-7)."""
+        cond (B, L) (Eq. 6-7). With positions (B, n) only theirs, (B, n, d_model): the last block's queries and MLP, 10 of
+        its 12 d^2 multiplications a token, are left out for all others."""
         e = F.embedding(codes, self.codebook).sum(2)                        # (B, N, n_z): one vector a stack
         u = torch.where(mask[..., None], self.mask_embed.to(e.dtype), e)
         x = torch.cat([self.cond_embed(cond) + self.cond_pos, self.w_in(u) + self.pos], 1)     # (B, L + N, d)
-        return self.through(self.spatial, x)[:, self.cond_length:]
+        if positions is None:
+            return self.through(self.spatial, x)[:, self.cond_length:]
+        return self.spatial[-1](self.through(self.spatial[:-1], x), wanted=positions + self.cond_length)
 
     def depth_logits(self, h, stacks):
         """Teacher-forced logits (P, D, K) of stacks (P, D) at positions with contexts h (P, d_model) (Eq. 8-9)."""
@@ -445,7 +462,7 @@ class ContextualRQTransformer(nn.Module):
         """Logits (P, K) of depth d alone, given the d codes chosen so far, stacks[:, :d]; what `depth_logits` says, one
         depth at a time. cache (n_depth, 2, P, heads, D, head_dim) is None at d = 0. Returns logits, cache."""
         if d == 0:
-            cache = h.new_zeros(len(self.depthwise), 2, len(h), self.heads, self.depth, self.head_dim)
+            cache = h.new_empty(len(self.depthwise), 2, len(h), self.heads, self.depth, self.head_dim)
         v = h if d == 0 else self.w_depth(F.embedding(stacks[:, :d], self.codebook).sum(1))
         v = (v + self.depth_pos[d])[:, None]                                # (P, 1, d_model)
         for block, block_cache in zip(self.depthwise, cache):
@@ -579,19 +596,16 @@ def update(model, state, positions, uniforms, cond, how, most_likely=None, bette
     better         a stack that was there before stays if it is more likely than the new one
     """
     B, n = positions.shape
-    guided = how.guidance != 1 and bool((cond != model.null).any())       # null against null would change nothing
     hidden = state.hidden.scatter(1, positions, True)                       # hide m^t
-    inputs = state.codes, hidden, cond
-    if guided:                                               # the batch doubles here and nowhere else
-        inputs = (torch.cat(pair) for pair in zip(inputs, (*inputs[:2], torch.full_like(cond, model.null))))
-    h = model.context(*inputs)                                              # (B, N, d_model) or (2 B, N, d_model)
-    index = positions.repeat(len(h) // B, 1)[..., None].expand(-1, -1, h.shape[-1])
-    h = h.gather(1, index).flatten(0, 1)                                    # only m^t goes through the depth blocks
-    stack_index = positions[..., None].expand(-1, -1, state.codes.shape[-1])
-    uniforms = uniforms.gather(1, stack_index).flatten(0, 1)                # (B n, D)
+    inputs = state.codes, hidden, cond, positions
+    if how.guidance != 1:                                    # the batch doubles here and nowhere else
+        null = state.codes, hidden, torch.full_like(cond, model.null), positions
+        inputs = [torch.cat(pair) for pair in zip(inputs, null)]
+    h = model.context(*inputs).flatten(0, 1)                 # (B n, d_model) or (2 B n, d_model): m^t alone goes through the depth
+    uniforms = pick(uniforms, positions).flatten(0, 1)       # blocks; uniforms (B n, D)
     stacks, log_p = sample_stacks(model, h, uniforms, how)
     if better:
-        old, old_log_p = sample_stacks(model, h, uniforms, how, state.codes.gather(1, stack_index).flatten(0, 1))
+        old, old_log_p = sample_stacks(model, h, uniforms, how, pick(state.codes, positions).flatten(0, 1))
         stays = old_log_p > log_p
         stacks, log_p = torch.where(stays[:, None], old, stacks), torch.where(stays, old_log_p, log_p)
     stacks, log_p = stacks.view(B, n, -1), log_p.view(B, n)
@@ -600,11 +614,9 @@ def update(model, state, positions, uniforms, cond, how, most_likely=None, bette
         ranking = log_p.argsort(dim=1, descending=True, stable=True).argsort(1)                 # (B, n), 0 is the most likely
         behind = (ranking >= max(count, math.ceil(share * n))).byte()
         first = behind.argsort(dim=1, stable=True)[:, :count]               # the likely ones first, in the set's order
-        positions, log_p = positions.gather(1, first), log_p.gather(1, first)
-        stack_index = positions[..., None].expand(-1, -1, stacks.shape[-1])
-        stacks = stacks.gather(1, first[..., None].expand_as(stack_index))
-    return state._replace(codes=state.codes.scatter(1, stack_index, stacks), hidden=hidden.scatter(1, positions, False),
-                          log_p=state.log_p.scatter(1, positions, log_p))
+        positions, log_p, stacks = positions.gather(1, first), log_p.gather(1, first), pick(stacks, first)
+    codes = state.codes.scatter(1, positions[..., None].expand_as(stacks), stacks)
+    return state._replace(codes=codes, hidden=hidden.scatter(1, positions, False), log_p=state.log_p.scatter(1, positions, log_p))
 
 
 @torch.inference_mode()
@@ -626,20 +638,24 @@ def draft_and_revise(model, cond, noise, c, codes=None, region=None):
         codes, region = cond.new_zeros(B, N, D), torch.ones(N, dtype=torch.bool, device=cond.device)
     inside = [o[region[o]].view(B, -1) for o in order]                      # the region's positions, a random order a round
     state = State("draft", 0, codes, region.expand(B, N), torch.zeros(B, N, device=cond.device))
+    # null against null would change nothing. The last time that the host waits for the device: from here on it only gives orders.
+    conditional = bool((cond != model.null).any())
 
     sets = partition(inside[0], c.t_draft, c.draft_growing)
+    left = inside[0].shape[1]
     for t, positions in enumerate(sets):
         # DEVIATION, if asked for: the paper's draft has one guidance throughout, and draws a set chosen beforehand.
         ramp = t / max(1, len(sets) - 1) if c.draft_ramp else 1
-        how = Sampling(c.draft_temperature, 1 + ramp * (c.draft_guidance - 1), c.top_k, c.top_p)
-        most_likely = None
-        if c.draft_pool < 1:                                 # all that are still hidden are drawn, in their random order
-            most_likely = positions.shape[1], c.draft_pool
-            positions = inside[0][state.hidden.gather(1, inside[0])].view(B, -1)
+        how = Sampling(c.draft_temperature, 1 + ramp * conditional * (c.draft_guidance - 1), c.top_k, c.top_p)
+        most_likely, n = None, positions.shape[1]
+        if c.draft_pool < 1:                                 # all `left` that are still hidden are drawn, in their random order
+            known = (~state.hidden.gather(1, inside[0])).byte()
+            most_likely, positions = (n, c.draft_pool), inside[0].gather(1, known.argsort(dim=1, stable=True)[:, :left])
+        left -= n
         state = update(model, state, positions, uniforms[0], cond, how, most_likely)
         yield state
 
-    how = Sampling(c.revise_temperature, c.revise_guidance, c.top_k, c.top_p)
+    how = Sampling(c.revise_temperature, c.revise_guidance if conditional else 1, c.top_k, c.top_p)
     for m in range(1, 1 + c.rounds):
         state, positions = state._replace(phase="revise", round=m), inside[m]
         if c.revise_share < 1:                               # DEVIATION: only the stacks that were drawn least likely
@@ -663,8 +679,8 @@ class TorchModel:
         self.null, self.positions, self.depth = transformer.null, transformer.positions, transformer.depth
 
     @torch.inference_mode()
-    def context(self, codes, mask, cond):
-        return self.transformer.context(codes, mask, cond)
+    def context(self, codes, mask, cond, positions=None):
+        return self.transformer.context(codes, mask, cond, positions)
 
     @torch.inference_mode()
     def depth_step(self, h, stacks, d, cache):

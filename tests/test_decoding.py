@@ -138,11 +138,11 @@ class FakeModel:
     def logits(self, cond, d):
         return torch.randn(self.K, generator=torch.Generator().manual_seed(100 * int(cond) + d))
 
-    def context(self, codes, mask, cond):
+    def context(self, codes, mask, cond, positions):
         self.masks.append(mask.clone())
         self.seen.append(codes.clone())
         self.conds.append(cond[:, 0].clone())
-        return cond[:, :, None].float().expand(-1, codes.shape[1], 3).clone()  # h says which condition it is from
+        return cond[:, :, None].float().expand(-1, positions.shape[1], 3).clone()  # h says which condition it is from
 
     def depth_step(self, h, stacks, d, cache):
         assert (cache is None) == (d == 0)
