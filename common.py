@@ -5,6 +5,7 @@ import io
 import math
 import os
 import signal
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -175,14 +176,50 @@ def fail(message):
     return 2
 
 
-def add_device_arguments(parser):
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
+
+
+def add_device_arguments(parser, fp8=False):
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
-    parser.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16"],
-                        help="auto: bf16 where the hardware multiplies it faster than float32")
+    choices = ["auto", *(name for name in PRECISIONS if fp8 or name != "fp8")]
+    parser.add_argument("--precision", default="auto", choices=choices,
+                        help="auto: bf16 where the hardware multiplies it faster than float32"
+                        + "; fp8: the spatial blocks' products in float8, for Hopper and newer GPUs" * fp8)
+
+
+def synchronize(device):
+    """Waits until the device has done what it was told."""
+    if device.type != "cpu":
+        getattr(torch, device.type).synchronize()
+
+
+def matrix_rate(device, dtype, seconds=2.0, n=None):
+    """Operations per second of square matrix products n x n (8192 on a GPU, 2048 elsewhere), the median over `seconds`."""
+    n = n or (8192 if device.type == "cuda" else 2048)
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    times, stop = [], time.perf_counter() + seconds
+    while len(times) < 3 or time.perf_counter() < stop:
+        synchronize(device)
+        start = time.perf_counter()
+        a @ b
+        synchronize(device)
+        times.append(time.perf_counter() - start)
+    return 2 * n ** 3 / statistics.median(times)
+
+
+def bf16_pays(device):
+    """Whether bf16 products are faster than float32's: only hardware that has them is asked, and a CPU has to show it."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    found = getattr(torch.cpu, "get_capabilities", dict)()
+    if device.type == "mps" or not (found.get("amx_bf16") or found.get("avx512_bf16")):
+        return False
+    bf16, fp32 = (matrix_rate(device, dtype, 0.05, 512) for dtype in (torch.bfloat16, torch.float32))
+    return bf16 > 1.2 * fp32
 
 
 def pick_device(args):
-    """(device, dtype) of --device and --precision. Raises UserError for a device that is not there."""
+    """(device, dtype) of --device and --precision. Raises UserError for a device, or for fp8, that is not there."""
     available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     device = args.device
     if device == "auto":
@@ -190,11 +227,13 @@ def pick_device(args):
     if not available[device]:
         raise UserError(f"--device {device} was asked for, but this machine has none that PyTorch sees; "
                         "use --device cpu or install a PyTorch build for it.")
-    fast_bf16 = {"cuda": lambda: torch.cuda.is_bf16_supported(including_emulation=False), "mps": lambda: False,
-                 "cpu": lambda: any(getattr(torch.cpu, "get_capabilities", dict)().get(name)
-                                    for name in ("amx_bf16", "avx512_bf16"))}
-    bf16 = args.precision == "bf16" or args.precision == "auto" and fast_bf16[device]()
-    return torch.device(device), torch.bfloat16 if bf16 else torch.float32
+    device = torch.device(device)
+    if args.precision == "fp8" and (device.type == "mps" or device.type == "cuda" and torch.cuda.get_device_capability() < (8, 9)):
+        raise UserError(f"--precision fp8 needs a GPU of compute capability 8.9 or more (Ada, Hopper), or a CPU, which emulates it; "
+                        f"use bf16 on this {device.type}.")
+    if args.precision == "auto":
+        return device, torch.bfloat16 if bf16_pays(device) else torch.float32
+    return device, PRECISIONS[args.precision]
 
 
 def efficientnet_lite0():

@@ -623,7 +623,8 @@ def update(model, state, positions, uniforms, cond, how, most_likely=None, bette
 def draft_and_revise(model, cond, noise, c, codes=None, region=None):
     """Draft-and-Revise (Alg. 2): an empty map of codes is drafted in T_draft updates, then revised M times.
 
-    model    `context`, `depth_step` and `null`: TorchModel, or anything else that has them
+    model    `context`, `depth_step` and `null`: TorchModel, or anything else that has them. Its own `update`, if it has one,
+             takes the place of the one above: the same, compiled (fast.py)
     cond     (B, L) int64
     noise    what `draw_noise` returns, for at least 1 + M rounds
     c        the section `sample` of a configuration; config.yaml says what its values are
@@ -640,6 +641,7 @@ def draft_and_revise(model, cond, noise, c, codes=None, region=None):
     state = State("draft", 0, codes, region.expand(B, N), torch.zeros(B, N, device=cond.device))
     # null against null would change nothing. The last time that the host waits for the device: from here on it only gives orders.
     conditional = bool((cond != model.null).any())
+    step = getattr(model, "update", update)
 
     sets = partition(inside[0], c.t_draft, c.draft_growing)
     left = inside[0].shape[1]
@@ -652,7 +654,7 @@ def draft_and_revise(model, cond, noise, c, codes=None, region=None):
             known = (~state.hidden.gather(1, inside[0])).byte()
             most_likely, positions = (n, c.draft_pool), inside[0].gather(1, known.argsort(dim=1, stable=True)[:, :left])
         left -= n
-        state = update(model, state, positions, uniforms[0], cond, how, most_likely)
+        state = step(model, state, positions, uniforms[0], cond, how, most_likely)
         yield state
 
     how = Sampling(c.revise_temperature, c.revise_guidance if conditional else 1, c.top_k, c.top_p)
@@ -663,7 +665,7 @@ def draft_and_revise(model, cond, noise, c, codes=None, region=None):
             doubtful = state.log_p.gather(1, positions).argsort(dim=1, stable=True)[:, :n].sort(1).values
             positions = positions.gather(1, doubtful)
         for positions in partition(positions, c.t_revise):
-            state = update(model, state, positions, uniforms[m], cond, how, better=c.revise_better)
+            state = step(model, state, positions, uniforms[m], cond, how, better=c.revise_better)
             yield state
 
 
@@ -673,7 +675,8 @@ class TorchModel:
     Moves and converts the modules that it is given."""
 
     def __init__(self, vae, transformer, device, dtype):
-        self.vae = vae.to(device).eval()                     # stays float32
+        # The RQ-VAE stays float32; its convolutions are a fifth faster with the channels innermost.
+        self.vae = vae.to(device, memory_format=torch.channels_last).eval()
         self.transformer = transformer.to(device, dtype).eval()
         self.size, self.side = vae.size, vae.side
         self.null, self.positions, self.depth = transformer.null, transformer.positions, transformer.depth
@@ -688,7 +691,9 @@ class TorchModel:
 
     @torch.inference_mode()
     def decode(self, codes):
-        return self.vae.decode(codes)
+        # On a GPU in float16: 0.05 of 255 levels away from float32 on average, 0.3 at most (bf16: 0.4 and 2.2).
+        with torch.autocast(codes.device.type, torch.float16, enabled=codes.is_cuda):
+            return self.vae.decode(codes)
 
     @torch.inference_mode()
     def encode(self, images):

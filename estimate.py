@@ -10,7 +10,6 @@ optimizer's arithmetic and the moving averages, run on tensors that have a shape
 import argparse
 import gc
 import math
-import statistics
 import sys
 import time
 import weakref
@@ -29,30 +28,10 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 import drr
-from common import HERE, add_device_arguments, load_config, pick_device, run
+from common import HERE, add_device_arguments, load_config, matrix_rate, pick_device, run, synchronize
 from drr import UserError
 
 CLASSES = 1000      # of ImageNet; the estimate does not look at the data, and a class is only one more embedding
-
-
-# === How fast this machine is =======================================================================================
-def synchronize(device):
-    if device.type != "cpu":
-        getattr(torch, device.type).synchronize()
-
-
-def matrix_rate(device, dtype, seconds=2.0):
-    """Operations per second of large square matrix products, the median over `seconds`."""
-    n = 8192 if device.type == "cuda" else 2048
-    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    times, stop = [], time.perf_counter() + seconds
-    while time.perf_counter() < stop:
-        synchronize(device)
-        start = time.perf_counter()
-        a @ b
-        synchronize(device)
-        times.append(time.perf_counter() - start)
-    return 2 * n ** 3 / statistics.median(times)
 
 
 # === A training step of either stage, on real or on fake tensors ====================================================

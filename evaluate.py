@@ -339,14 +339,16 @@ def parse_arguments():
     group.add_argument("--seed", type=int, help="picture i of a seed is the same in any batch (0)")
     group.add_argument("--out", metavar="DIR", help="keeps the pictures here, and goes on with what is there (samples/HASH)")
     group.add_argument("--npz", metavar="FILE", help="also write them for the ADM evaluator")
+    group.add_argument("--compile", action="store_true", help="torch.compile, and CUDA graphs on a GPU: slow at first, then faster")
     group.add_argument("overrides", nargs="*", metavar="key=value", help="sampling values, for example t_draft=16")
     add("--json", metavar="FILE", help="write numbers and protocol here, too")
-    add_device_arguments(parser)
+    add_device_arguments(parser, fp8=True)
     args = parser.parse_intermixed_args()
     if args.samples and args.reconstructions:
         raise UserError("--samples and --reconstructions exclude each other; run the command once for each.")
-    of_samples = {"number": "--number", "seed": "--seed", "classes": "--class", "out": "--out", "npz": "--npz", "overrides": "key=value"}
-    idle = [option for key, option in of_samples.items() if getattr(args, key) not in (None, [])]
+    of_samples = {"number": "--number", "seed": "--seed", "classes": "--class", "out": "--out", "npz": "--npz", "compile": "--compile",
+                  "overrides": "key=value"}
+    idle = [option for key, option in of_samples.items() if getattr(args, key) not in (None, [], False)]
     if (args.samples or args.reconstructions) and idle:
         raise UserError(f"With --samples and --reconstructions nothing is drawn; leave {idle[0]} out.")
     args.number, args.seed = 1000 if args.number is None else args.number, args.seed or 0
@@ -418,7 +420,9 @@ def main():
                                      batches=lambda: (rebuild(x) for x in reference.batches()))
     elif samples is None:
         chosen = pick_classes(args, info, classes)
-        model = drr.TorchModel(vae, transformer, device, dtype)
+        model = fast.torch_model(vae, transformer, device, dtype)
+        if args.compile:
+            fast.speed_up(model, c)
         values = " ".join(f"{k}={v}" for k, v in vars(c).items())
         content = [drr.fingerprint(vae), drr.fingerprint(transformer), values, chosen, args.seed, str(dtype)]
         folder = Path(args.out or f"samples/{hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]}")

@@ -22,8 +22,9 @@ from tqdm import tqdm
 
 import data
 import drr
-from common import (BUNDLED, add_device_arguments, check_sampling, grid, pick_device, run, sampling_values, save_picture,
-                    to_pixels)
+import fast
+from common import (BUNDLED, PRECISIONS, add_device_arguments, check_sampling, grid, pick_device, run, sampling_values,
+                    save_picture, to_pixels)
 from drr import UserError
 
 
@@ -58,7 +59,8 @@ def parse_arguments():
         help="onnx, trt: the graphs or engines that export.py wrote, and no PyTorch weights")
     add("--exported", metavar="DIR", default="exported", help="where export.py wrote them (exported)")
     add("overrides", nargs="*", metavar="key=value", help="sampling values in the place of the checkpoint's")
-    add_device_arguments(parser)
+    add("--compile", action="store_true", help="torch.compile, and CUDA graphs on a GPU: slow for a minute, faster from then on")
+    add_device_arguments(parser, fp8=True)
     return parser.parse_intermixed_args()
 
 
@@ -102,7 +104,9 @@ def load_model(args, device, dtype):
     folder = args.checkpoint or BUNDLED
     if args.backend == "torch":
         vae, transformer, info = load_checkpoint(folder)
-        return drr.TorchModel(vae, transformer, device, dtype), info, device
+        return fast.torch_model(vae, transformer, device, dtype), info, device
+    if args.compile:
+        raise UserError(f"--compile is for --backend torch; leave it out with {args.backend}.")
     import backends
     if device.type == "mps":
         if args.device == "mps":
@@ -233,6 +237,8 @@ def main():
     model, info, device = load_model(args, device, dtype)
     classes = pick_classes(args.classes, info)
     c = settings(args, info, model.positions)
+    if args.compile:
+        fast.speed_up(model, c)
     if args.backend != "torch":                                   # the largest power of two that the graphs take
         c.batch_size = min(c.batch_size, 2 ** int(math.log2(model.max_batch)))
     num = args.num if args.num is not None else max(16, len(classes))
@@ -269,7 +275,9 @@ def main():
             part = range(first, min(first + c.batch_size, num))
             # Batches are powers of two, the last one with spare pictures that are thrown away: at these sizes a CPU's bf16
             # products gave the same bits for a picture in any batch, at 3 they did not. Other backends may differ.
-            padded = range(first, first + 2 ** math.ceil(math.log2(len(part))))
+            # What is compiled is compiled for one size.
+            size = min(num, c.batch_size) if args.compile else len(part)
+            padded = range(first, first + 2 ** math.ceil(math.log2(size)))
             cond = torch.tensor([[labels[i % num]] for i in padded], device=device)
             known = None if codes is None else codes.expand(len(padded), -1, -1)
             images, batch_states = generate(model, cond, padded, args.seed, c, bar, known, region, keep)
@@ -281,7 +289,7 @@ def main():
             for i in part if args.out_dir else ():
                 save_picture(Image.fromarray(pixels[i]), Path(args.out_dir) / f"{i:03d}.png")
     seconds = time.time() - started
-    precision = {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype] if args.backend == "torch" else model.precision
+    precision = model.precision if args.backend != "torch" else next(k for k, v in PRECISIONS.items() if v == dtype)
 
     # --- the grid ----------------------------------------------------------------------------------------------------
     scale, shown = max(1, 128 // model.size), min(num, 400)
