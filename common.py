@@ -16,6 +16,7 @@ import torch.distributed as dist
 import yaml
 from PIL import Image
 
+import drr
 from drr import UserError, ranks, replacing
 
 HERE = Path(__file__).resolve().parent
@@ -216,6 +217,18 @@ def bf16_pays(device):
         return False
     bf16, fp32 = (matrix_rate(device, dtype, 0.05, 512) for dtype in (torch.bfloat16, torch.float32))
     return bf16 > 1.2 * fp32
+
+
+def random_checkpoint(preset):
+    """What drr.load_checkpoint returns, for a preset's model with random weights and 1,000 classes: to measure its speed."""
+    config, classes = load_config(preset), [str(i) for i in range(1000)]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        vae = drr.RQVAE(config.vae)
+        transformer = drr.ContextualRQTransformer(config.transformer, drr.conditions(config.transformer, classes),
+                                                  vae.side ** 2, vae.quantizer.depth, vae.quantizer.codebook)
+    return (vae.requires_grad_(False).eval(), transformer.requires_grad_(False).eval(),
+            SimpleNamespace(**vars(config), classes=classes, titles=classes))
 
 
 def pick_device(args):

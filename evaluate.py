@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 import data
 import drr
+import fast
 import training
 from common import BUNDLED, HERE, add_device_arguments, efficientnet_lite0, run, sampling_values, to_pixels
 from drr import UserError, replacing

@@ -30,7 +30,6 @@ import sys
 import time
 import warnings
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -39,7 +38,7 @@ from tqdm import tqdm
 
 import backends
 import drr
-from common import BUNDLED, HERE, load_config, run, sampling_values
+from common import BUNDLED, HERE, random_checkpoint, run, sampling_values
 from drr import UserError
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -482,15 +481,7 @@ def load_model(args):
     """The checkpoint, or with --random a preset's model with random weights and 1,000 classes."""
     if not args.random:
         return drr.load_checkpoint(args.checkpoint or BUNDLED)
-    config = load_config(args.random)
-    classes = [str(i) for i in range(1000)]
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        vae = drr.RQVAE(config.vae)
-        transformer = drr.ContextualRQTransformer(config.transformer, drr.conditions(config.transformer, classes),
-                                                  vae.side ** 2, vae.quantizer.depth, vae.quantizer.codebook)
-    return (vae.requires_grad_(False).eval(), transformer.requires_grad_(False).eval(),
-            SimpleNamespace(**vars(config), classes=classes, titles=classes))
+    return random_checkpoint(args.random)
 
 
 def fitting_export(args, vae, transformer, info):

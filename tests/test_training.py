@@ -47,7 +47,8 @@ def assert_same(a, b, stage):
 FORKED = """
 import os, runpy, sys
 sys.path.insert(0, {repo!r})
-import train_transformer, train_vae, torch, torch._dynamo
+import train_transformer, train_vae, torch, torch._dynamo, torch._subclasses.fake_tensor
+import matplotlib.backends.backend_agg, matplotlib.figure, matplotlib.font_manager
 torch.set_num_threads(1)
 for line in sys.stdin:                       # out <TAB> arguments; answers with the pid, the parent kills and waits
     out, *arguments = line.rstrip("\\n").split("\\t")
@@ -109,7 +110,7 @@ def smoke_vae(forker, tmp_path_factory):
 def arguments(smoke_vae):
     """arguments(stage, out, ...): a short run that logs every step and saves every other; the adversary is on."""
     def make(stage, out, *more, steps=12):
-        short = {"steps": steps, "warmup": 3, "save_every": 2, "log_every": 1, "picture_every": 6, "batch_size": 8}
+        short = {"steps": steps, "warmup": 3, "save_every": 2, "log_every": 1, "picture_every": 12, "batch_size": 8}
         extra = ("vae.disc_start=2", "vae.quantize_start=1") if stage == "vae" else ("--vae", smoke_vae)
         return ("smoke", "--data", PHOTOS, "--out", out, "--precision", "fp32", *extra,
                 *(f"{stage}.{k}={v}" for k, v in short.items()), *more)

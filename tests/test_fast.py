@@ -1,0 +1,242 @@
+"""What makes decoding fast gives the same codes: the plain decode of tests/plain.py is the reference. And bench.py counts right."""
+import functools
+import os
+import re
+
+import pytest
+import torch
+from conftest import random_codes, sample_section, tiny_transformer
+from plain import plain_decode
+from test_scripts import execute
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+import bench
+import common
+import drr
+import fast
+
+N, D = 16, 4
+CPU = torch.device("cpu")
+
+
+class Model:
+    """The decoding loop's side of a TorchModel, without an RQ-VAE."""
+    positions, depth = N, D
+
+    def __init__(self, transformer):
+        self.transformer, self.null = transformer, transformer.null
+        self.context, self.depth_step = transformer.context, transformer.depth_step
+
+
+def inputs(c, images=3, classes=5):
+    cond = torch.arange(images)[:, None] % classes
+    return cond, drr.draw_noise(1, range(images), 1 + c.rounds, N, D)
+
+
+def decode(model, c, images=3):
+    *_, last = drr.draft_and_revise(model, *inputs(c, images), c)
+    return last
+
+
+# === What nobody asks for is left out, and nothing changes ==========================================================
+@pytest.mark.parametrize("n_spatial", [1, 3])
+@pytest.mark.parametrize("n", [1, 5, N])
+@torch.no_grad()
+def test_context_of_some_positions_is_theirs_among_all(n_spatial, n):
+    transformer, codes = tiny_transformer(N, D, n_spatial=n_spatial), random_codes(3, N, D)
+    mask, cond = torch.rand(3, N, generator=torch.Generator().manual_seed(0)) < 0.5, torch.tensor([[0], [3], [5]])
+    positions = torch.rand(3, N, generator=torch.Generator().manual_seed(1)).argsort(1)[:, :n]
+    whole = transformer.context(codes, mask, cond)
+    torch.testing.assert_close(transformer.context(codes, mask, cond, positions), drr.pick(whole, positions), atol=2e-5, rtol=1e-5)
+    with FlopCounterMode(display=False, custom_mapping=bench.CPU_ATTENTION) as all_positions:
+        transformer.context(codes, mask, cond)
+    with FlopCounterMode(display=False, custom_mapping=bench.CPU_ATTENTION) as some:
+        transformer.context(codes, mask, cond, positions)
+    assert some.get_total_flops() < all_positions.get_total_flops()           # with n = N all but the condition's token
+
+
+@pytest.mark.parametrize("settings", [
+    {}, {"t_draft": 16, "t_revise": 5, "rounds": 1}, {"draft_guidance": 2.0, "revise_guidance": 0.5}, {"revise_guidance": 1.0},
+    {"t_draft": 1, "t_revise": 1, "top_k": 7, "top_p": 0.9}])
+def test_draws_the_codes_of_the_plain_decode(settings):
+    transformer, c = tiny_transformer(N, D), sample_section(**settings)
+    codes = decode(Model(transformer), c).codes
+    assert torch.equal(codes, plain_decode(transformer, *inputs(c), c))
+    assert len(codes.unique()) > 10
+
+
+class NoWaiting(TorchDispatchMode):
+    """Fails where the host would wait for a device: to read a number, or to learn the size of a result."""
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        assert name not in ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "unique", "_unique2"), name
+        assert name != "index" or all(i is None or i.dtype != torch.bool for i in args[1]), "index by a mask"
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("settings", [{}, {"draft_pool": 0.5}, {"draft_growing": True, "draft_ramp": True, "draft_guidance": 2.0},
+                                      {"revise_share": 0.5, "revise_better": True}, {"order": "sobol", "top_k": 3, "top_p": 0.5}])
+def test_nothing_waits_for_the_device_between_the_first_update_and_the_last(settings):
+    states = drr.draft_and_revise(Model(tiny_transformer(N, D)), *inputs(sample_section(**settings)), sample_section(**settings))
+    next(states)                                               # what is looked at once, before the first update
+    with NoWaiting():
+        assert sum(1 for _ in states) == 4 - 1 + 2 * 2
+    with pytest.raises(AssertionError, match="_local_scalar_dense"), NoWaiting():
+        bool(torch.ones(1).any())
+
+
+# === Compiled, and captured =========================================================================================
+SLOW = pytest.mark.skipif("SLOW" not in os.environ, reason="takes a minute; SLOW=1 pytest runs it, with a C++ compiler")
+
+
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=SLOW)])
+def test_a_compiled_update_is_compiled_once_a_phase_and_draws_the_same_codes(backend, monkeypatch):
+    """Backend eager traces only, which is where what differs between updates would show."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    monkeypatch.setattr(torch._inductor.config, "freezing", False)             # and back again afterwards
+    torch._dynamo.reset()
+    c = sample_section(draft_guidance=1.5, rounds=2)
+    model = Model(tiny_transformer(N, D, n_spatial=1, n_depth=1))
+    expected = decode(model, c)
+    torch._dynamo.utils.counters.clear()
+    fast.speed_up(model, c)
+    states = list(drr.draft_and_revise(model, *inputs(c), c))
+    assert torch.equal(states[-1].codes, expected.codes)
+    torch.testing.assert_close(states[-1].log_p, expected.log_p, atol=1e-4, rtol=1e-4)
+    assert [(s.phase, s.round) for s in states] == [("draft", 0)] * 4 + [("revise", 1)] * 2 + [("revise", 2)] * 2
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+    assert torch._inductor.config.freezing
+
+
+@pytest.mark.parametrize("settings", [{"draft_guidance": 1.5}, {"draft_growing": False, "t_draft": 5, "revise_better": True}])
+def test_captured_updates_draw_the_same_codes(settings, monkeypatch):
+    """A graph's replay is played by doing the work again into the tensors that were there at the capture, as a GPU does."""
+    captured, replayed = [], []
+
+    def capture(work):
+        output = work()
+        captured.append(output)
+
+        def replay():
+            replayed.append(1)
+            for old, new in zip(output[2:], work()[2:]):
+                old.copy_(new)
+        for tensor in output[2:]:
+            tensor.zero_()                                     # a capture computes nothing
+        return replay, output
+
+    monkeypatch.setattr(fast, "capture", capture)
+    c, model = sample_section(**settings), Model(tiny_transformer(N, D))
+    expected = list(drr.draft_and_revise(model, *inputs(c), c))
+    fast.speed_up(model, c, compiled=False, graphs=True)
+    for trial in range(2):
+        states = list(drr.draft_and_revise(model, *inputs(c), c))              # all kept: none may be written over
+        assert all(torch.equal(a, b) for x, y in zip(states, expected, strict=True) for a, b in zip(x[2:], y[2:]))
+    sizes = len({s.shape for s in drr.partition(torch.zeros(3, N), c.t_draft)})
+    assert len(captured) == sizes + 1 and len(replayed) == 2 * len(expected)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("compiled", [False, True])
+def test_cuda_graphs_draw_the_same_codes(compiled):
+    c, model = sample_section(draft_guidance=1.5), Model(tiny_transformer(N, D).cuda())
+    cond, noise = inputs(c)
+    *_, expected = drr.draft_and_revise(model, cond.cuda(), noise, c)
+    fast.speed_up(model, c, compiled, graphs=True)
+    *_, last = drr.draft_and_revise(model, cond.cuda(), noise, c)
+    assert (last.codes == expected.codes).float().mean() > 0.9                 # near ties may fall either way
+
+
+@pytest.mark.parametrize("settings", [{"draft_pool": 0.5}, {"draft_growing": True}, {"draft_ramp": True}])
+def test_updates_that_differ_are_not_compiled(settings):
+    with pytest.raises(drr.UserError, match="alike"):
+        fast.speed_up(Model(tiny_transformer(N, D)), sample_section(**settings))
+
+
+def test_compile_goes_with_pytorch_only(tmp_path):
+    done = execute("sample.py", "--class", 1, "--compile", "--backend", "onnx", cwd=tmp_path)
+    assert done.returncode == 2 and "--compile" in done.stderr and "Traceback" not in done.stderr
+
+
+# === Precision ======================================================================================================
+@torch.no_grad()
+def test_float8_products_are_near_the_exact_ones():
+    generator = torch.Generator().manual_seed(0)
+    linear, x = torch.nn.Linear(64, 48), torch.randn(3, 5, 64, generator=generator)
+    linear.weight.copy_(torch.randn(48, 64, generator=generator) * torch.logspace(-3, 3, 48)[:, None])   # a scale for each output
+    exact, rough = linear(x), fast.Float8Linear(linear)(x.bfloat16()).float()
+    error = (rough - exact).norm(dim=(0, 1)) / exact.norm(dim=(0, 1))
+    # Either factor is off by 2^-4 at most, by 0.026 in the root mean square: a sum of 64 products by about 0.037.
+    assert rough.shape == exact.shape and 0.01 < error.mean() < 0.05 and error.max() < 0.125
+
+
+@torch.no_grad()
+def test_float8_takes_all_spatial_blocks_but_the_last():
+    transformer = tiny_transformer(N, D, n_spatial=3).bfloat16()
+    codes, mask, cond = random_codes(2, N, D), torch.zeros(2, N, dtype=torch.bool), torch.zeros(2, 1, dtype=torch.int64)
+    exact = transformer.context(codes, mask, cond).float()
+    fast.to_float8(transformer)
+    kinds = [type(getattr(b, name)) for b in transformer.spatial for name in ("qkv", "proj", "fc1", "fc2")]
+    assert kinds == [fast.Float8Linear] * 8 + [torch.nn.Linear] * 4
+    rough = transformer.context(codes, mask, cond).float()
+    assert 0.001 < (rough - exact).norm() / exact.norm() < 0.1
+
+
+@pytest.mark.parametrize("rates, expected", [((300e9, 100e9), True), ((110e9, 100e9), False), ((170e9, 320e9), False)])
+def test_bf16_on_a_cpu_has_to_be_faster_than_float32(rates, expected, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
+    monkeypatch.setattr(common, "matrix_rate", lambda device, dtype, *_: rates[dtype == torch.float32])
+    assert common.bf16_pays(CPU) is expected
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True}, raising=False)
+    assert common.bf16_pays(CPU) is False
+
+
+# === bench.py =======================================================================================================
+@pytest.mark.parametrize("settings", [
+    {}, {"draft_guidance": 2.0}, {"revise_guidance": 1.0}, {"t_draft": 5, "t_revise": 3}, {"draft_growing": True}, {"draft_pool": 0.5},
+    {"draft_ramp": True, "draft_guidance": 2.0}, {"revise_share": 0.3, "t_revise": 4}, {"revise_better": True}, {"rounds": 0}])
+@pytest.mark.parametrize("depth", [1, 4])
+def test_counts_the_operations_that_torch_counts(settings, depth):
+    transformer, c = tiny_transformer(N, depth, n_spatial=3), sample_section(**settings)
+    model = Model(transformer)
+    noise = drr.draw_noise(0, range(2), 1 + c.rounds, N, depth)
+    with FlopCounterMode(display=False, custom_mapping=bench.CPU_ATTENTION) as counter:
+        list(drr.draft_and_revise(model, torch.tensor([[0], [1]]), noise, c))
+    assert counter.get_total_flops() == 2 * bench.decode_flops(transformer, c)
+
+
+def table(text):
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("| ")]
+    return [dict(zip(rows[0], row, strict=True)) for row in rows[1:]]
+
+
+def test_bench_times_every_mode(tmp_path):
+    done = execute("bench.py", "--preset", "smoke", "--mode", "eager,plain,raster", "--batch", "1,2", "--t-draft", 8, "--repeat", 1,
+                   "--precision", "fp32", "rounds=1", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows = table(done.stdout)
+    assert [(r["mode"], r["batch"], r["T_draft"]) for r in rows] == [(m, b, t) for b in "12" for m, t in (
+        ("eager", "8"), ("plain", "8"), ("raster", "64"))]
+    for row in rows:
+        seconds, flops = float(row["s per image"]), float(row["GFLOP per image"])
+        assert float(row["GFLOP/s"].replace(",", "")) == pytest.approx(flops / seconds, rel=0.3, abs=1.5)
+        assert float(row["peak MiB"].replace(",", "")) > 100 and float(row["first decode, s"]) >= 0
+        split = row["spatial, depth, sampling, decoder"]
+        assert split == "-" if row["mode"] == "plain" else abs(sum(map(int, re.findall(r"\d+", split))) - 100) <= 2
+
+
+def test_bench_times_training_steps(tmp_path):
+    done = execute("bench.py", "--train", "smoke", "--repeat", 1, "--precision", "fp32", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows = table(done.stdout)
+    assert [r["stage"] for r in rows] == ["vae", "transformer"]
+    assert all(float(r["images/s"]) > 0 and int(r["share of the products"].rstrip("%")) > 0 for r in rows)
+
+
+@pytest.mark.parametrize("arguments, word", [
+    (["--mode", "warp"], "warp"), (["--t-draft", 65], "64"), (["--batch", 0], "--batch"), (["--preset", "imagnet"], "imagnet"),
+    (["--preset", "smoke", "--train", "smoke"], "exclude"), (["--train", "smoke", "--precision", "fp8"], "fp8"), (["t_darft=3"], "t_draft")])
+def test_mistakes_are_one_sentence(arguments, word, tmp_path):
+    done = execute("bench.py", *arguments, cwd=tmp_path)
+    assert done.returncode == 2 and "Traceback" not in done.stderr and word in done.stderr.splitlines()[-1]
