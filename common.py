@@ -159,7 +159,7 @@ def run(main):
         sys.exit(fail("The memory is full; lower batch_size, or for training set data.in_memory=false."))
     except torch._dynamo.exc.TorchDynamoException as error:
         sys.exit(fail(f"torch.compile does not work here ({type(error).__name__}: it needs a C++ compiler, on a GPU Triton); "
-                      "add compile=false of the section, for example transformer.compile=false."))
+                      "leave --compile out, or for a training add vae.compile=false or transformer.compile=false."))
     except RuntimeError as error:
         if ranks()[1] == 1 or not (isinstance(error, dist.DistError) or "gloo" in str(error) or "NCCL" in str(error)):
             raise

@@ -374,14 +374,14 @@ class Block(nn.Module):
         written there and it sees the positions up to its own. With `wanted` (B, n) only these tokens come out,
         (B, n, d_model): they look at all of x, but what nobody asks for is not computed."""
         d = x.shape[-1]
-        heads = lambda y: y.unflatten(-1, (-1, d // self.heads)).transpose(1, 2)     # (B, T, c d) -> (B, c heads, T, head_dim)
+        split = lambda y: y.unflatten(-1, (-1, d // self.heads)).transpose(1, 2)     # (B, T, c d) -> (B, c heads, T, head_dim)
         y = self.ln1(x)
         if wanted is None:
-            q, k, v = heads(self.qkv(y)).chunk(3, 1)
+            q, k, v = split(self.qkv(y)).chunk(3, 1)
         else:
             (w_q, w_kv), (b_q, b_kv) = (t.split([d, 2 * d]) for t in (self.qkv.weight, self.qkv.bias))
-            q = heads(F.linear(pick(y, wanted), w_q, b_q))
-            k, v = heads(F.linear(y, w_kv, b_kv)).chunk(2, 1)
+            q = split(F.linear(pick(y, wanted), w_q, b_q))
+            k, v = split(F.linear(y, w_kv, b_kv)).chunk(2, 1)
             x = pick(x, wanted)
         if cache is not None:
             cache[0, :, :, position], cache[1, :, :, position] = k[:, :, 0], v[:, :, 0]
