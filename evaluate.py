@@ -415,7 +415,7 @@ def main():
 
     # --- pictures ----------------------------------------------------------------------------------------------------
     if args.reconstructions:
-        model = drr.TorchModel(vae, transformer, device, dtype)
+        model = fast.torch_model(vae, transformer, device, dtype)
         rebuild = lambda x: torch.from_numpy(to_pixels(model.decode(model.encode(data.to_float(x, device))))).permute(0, 3, 1, 2)
         samples = reference._replace(name=f"their reconstructions by {args.checkpoint}",
                                      batches=lambda: (rebuild(x) for x in reference.batches()))
