@@ -29,6 +29,7 @@ from common import (BUNDLED, HERE, PRECISIONS, add_device_arguments, load_config
                     sampling_values, synchronize)
 from drr import UserError
 
+PAPERS = ("order=random", "draft_pool=1", "draft_growing=false", "draft_ramp=false", "revise_share=1", "revise_better=false")
 MODES = ("eager", "compiled", "graphs", "compiled+graphs", "plain", "raster")
 
 
@@ -75,9 +76,9 @@ def reset_peak(device):
 
 
 def peak_memory(device):
-    """MiB: allocated on a GPU; on Linux the most that the process held since `reset_peak`, elsewhere since it began."""
+    """MiB: on a GPU what PyTorch has taken of it; on Linux the most that the process held since `reset_peak`, elsewhere since it began."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2 ** 20
+        return torch.cuda.max_memory_reserved(device) / 2 ** 20      # with what captured graphs keep for themselves
     status = Path("/proc/self/status")
     if status.exists():
         return int(next(line for line in status.read_text().splitlines() if line.startswith("VmHWM")).split()[1]) / 2 ** 10
@@ -85,7 +86,7 @@ def peak_memory(device):
 
 
 # === Decoding =======================================================================================================
-class Timed:
+class Stopwatch:
     """A model that adds up the time in each of its functions. To see it, it waits for the device at each call."""
 
     def __init__(self, model, device):
@@ -96,25 +97,27 @@ class Timed:
         if name not in self.seconds:
             return function
 
-        def timed(*arguments):
+        def measured(*arguments):
             synchronize(self.device)
             start = time.perf_counter()
             result = function(*arguments)
             synchronize(self.device)
             self.seconds[name] += time.perf_counter() - start
             return result
-        return timed
+        return measured
 
 
 def prepare(model, mode, batch, c, device):
     """A function that decodes one batch in this mode and returns the images, and the mode's sampling values."""
     transformer = model.transformer
     if mode == "raster":
-        c = sampling_values(c, [f"t_draft={model.positions}", "rounds=0", "draft_pool=1", "draft_growing=false"], model.positions)
+        c = sampling_values(c, [f"t_draft={model.positions}", "rounds=0", *PAPERS], model.positions)
     order, uniforms = drr.draw_noise(0, range(batch), 1 + c.rounds, model.positions, model.depth)
     noise = (torch.arange(model.positions).expand_as(order) if mode == "raster" else order), uniforms
     cond = torch.zeros(batch, transformer.cond_length, dtype=torch.int64, device=device)
     if mode == "plain":
+        if vars(c) != vars(sampling_values(c, PAPERS, model.positions)):
+            raise UserError(f"Mode plain knows the paper's strategy only; leave the others out, or plain. Its values are {' '.join(PAPERS)}.")
         sys.path.append(str(HERE / "tests"))
         from plain import plain_decode
         return lambda model=model: model.decode(plain_decode(transformer, cond, noise, c)), c
@@ -139,21 +142,21 @@ def timed(work, device):
 
 def decode_rows(model, batch, c, modes, rates, device, repeat, bar):
     """Cells of the table for each mode, all decoding in turns, since a machine's speed moves; `rates` gets more measurements."""
-    work = {mode: prepare(model, mode, batch, c, device) for mode in modes}
+    prepared = {mode: prepare(model, mode, batch, c, device) for mode in modes}
     taken = {mode: [] for mode in modes}
     for trial in range(1 + repeat):                           # the first is the warm-up
         for precision, measured in rates.items():
             measured.append(matrix_rate(device, PRECISIONS[precision], 0.3))
         for mode in modes:
             bar.set_description(f"batch {batch}, T_draft {c.t_draft}, {mode}")
-            taken[mode].append(timed(work[mode][0], device))
+            taken[mode].append(timed(prepared[mode][0], device))
             bar.update()
-    for mode, (decode, values) in work.items():
+    for mode, (decode, values) in prepared.items():
         seconds, memory = zip(*taken[mode])
         ratio = statistics.median(a / b for (a, _), (b, _) in zip(taken[modes[0]][1:], taken[mode][1:]))
         parts = None
         if mode in ("eager", "raster"):
-            watched = Timed(model, device)
+            watched = Stopwatch(model, device)
             total, _ = timed(lambda: decode(watched), device)
             parts = [s / total for s in watched.seconds.values()]
         flops = decode_flops(model.transformer, values) + decoder_flops(model.vae)
@@ -163,8 +166,8 @@ def decode_rows(model, batch, c, modes, rates, device, repeat, bar):
 def decode_table(args, name, checkpoint, device, dtype):
     vae, transformer, info = checkpoint
     c = sampling_values(info.sample, args.overrides, transformer.positions)
-    if min(*args.batch, *args.t_draft, args.repeat) < 1 or max(args.t_draft) > transformer.positions:
-        raise UserError(f"--batch, --t-draft and --repeat start at 1, and --t-draft ends at {transformer.positions}.")
+    if min(*args.batch, *args.t_draft) < 1 or max(args.t_draft) > transformer.positions:
+        raise UserError(f"--batch and --t-draft start at 1, and --t-draft ends at {transformer.positions}.")
     precision = next(k for k, v in PRECISIONS.items() if v == dtype)
     model = fast.torch_model(vae, transformer, device, dtype)
     rates, rows = {"fp32": [], "bf16": []}, []
@@ -182,8 +185,8 @@ def decode_table(args, name, checkpoint, device, dtype):
         if parts:
             spatial, depth, decoder = parts
             split = ", ".join(f"{share:.0%}" for share in (spatial, depth, 1 - sum(parts), decoder))
-        print(f"| {mode} | {batch} | {t_draft} | {seconds / batch:.4f} | {batch / seconds:.2f} | {ratio:.2f} | {flops / 1e9:.1f} | "
-              f"{reached / 1e9:,.0f} | {reached / rates['fp32']:.0%} / {reached / rates['bf16']:.0%} | {memory:,.0f} | {split} | {first:.1f} |")
+        print(f"| {mode} | {batch} | {t_draft} | {seconds / batch:.4f} | {batch / seconds:.2f} | {ratio:.2f} | {flops / 1e9:.2f} | "
+              f"{reached / 1e9:,.0f} | {reached / rates['fp32']:.0%} / {reached / rates['bf16']:.0%} | {memory:,.0f} | {split} | {first:.2f} |")
 
 
 # === Training =======================================================================================================
@@ -224,6 +227,10 @@ def train_table(args, device, dtype):
               f"{flops / seconds / rate:.0%} | {memory:,.0f} |")
 
 
+def whole_numbers(text):
+    return [int(v) for v in text.split(",")]
+
+
 def describe(device):
     named = torch.cuda.get_device_name() if device.type == "cuda" else f"{device.type}, {torch.get_num_threads()} threads"
     return f"{named}, torch {torch.__version__}"
@@ -231,17 +238,24 @@ def describe(device):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add, numbers = parser.add_argument, lambda text: [int(v) for v in text.split(",")]
+    add = parser.add_argument
     add("--checkpoint", metavar="DIR", help="a trained model (the bundled one)")
     add("--preset", help="a preset of config.yaml with random weights instead")
     add("--train", metavar="PRESET", help="training steps of a preset instead of decoding")
-    add("--batch", type=numbers, default=[1, 16], help="batch sizes (1,16)")
-    add("--t-draft", type=numbers, default=[8, 64], help="draft lengths (8,64)")
+    add("--batch", type=whole_numbers, help="batch sizes (1,16)")
+    add("--t-draft", type=whole_numbers, help="draft lengths (8,64)")
     add("--mode", help=f"some of {','.join(MODES)} (eager,compiled; on a GPU eager,graphs,compiled+graphs)")
     add("--repeat", type=int, default=3, help="decodes or steps per row after the first; the median counts (3)")
     add("overrides", nargs="*", metavar="key=value", help="sampling values; with --train section.key=value")
     add_device_arguments(parser, fp8=True)
     args = parser.parse_intermixed_args()
+    idle = [f"--{name.replace('_', '-')}" for name in ("batch", "t_draft", "mode") if args.train and getattr(args, name)]
+    idle += [text for text in args.overrides if text.startswith(("t_draft=", "batch_size=")) and not args.train]
+    if idle:
+        raise UserError(f"{idle[0]} does not apply here; {'leave it out with --train' if args.train else 'use --t-draft and --batch'}.")
+    if args.repeat < 1:
+        raise UserError(f"--repeat is {args.repeat}; expected a number from 1.")
+    args.batch, args.t_draft = args.batch or [1, 16], args.t_draft or [8, 64]
     device, dtype = pick_device(args)
     args.mode = (args.mode or ("eager,graphs,compiled+graphs" if device.type == "cuda" else "eager,compiled")).split(",")
     for mode in args.mode:

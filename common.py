@@ -154,7 +154,8 @@ def run(main):
         where = f" ({error.filename})" if error.filename else ""
         sys.exit(fail(f"The operating system refused: {error.strerror or error}{where}."))
     except torch.OutOfMemoryError:
-        sys.exit(fail("The GPU's memory is full; lower batch_size, for training set micro_batch, or use --device cpu."))
+        sys.exit(fail("The GPU's memory is full; lower batch_size (bench.py: --batch), for training set "
+                      "micro_batch, or use --device cpu."))
     except MemoryError:
         sys.exit(fail("The memory is full; lower batch_size, or for training set data.in_memory=false."))
     except torch._dynamo.exc.TorchDynamoException as error:
@@ -185,7 +186,7 @@ def add_device_arguments(parser, fp8=False):
     choices = ["auto", *(name for name in PRECISIONS if fp8 or name != "fp8")]
     parser.add_argument("--precision", default="auto", choices=choices,
                         help="auto: bf16 where the hardware multiplies it faster than float32"
-                        + "; fp8: the spatial blocks' products in float8, for Hopper and newer GPUs" * fp8)
+                        + "; fp8: the spatial blocks' products in float8, for Ada, Hopper and newer GPUs" * fp8)
 
 
 def synchronize(device):

@@ -187,8 +187,8 @@ class ResBlock(nn.Module):
 def attention(q, k, v, causal=False):
     """softmax(q k^T / sqrt(c)) v for q, k, v (..., T, c); causal: a token sees itself and earlier ones.
 
-    Written out to train on a CPU, where PyTorch's fused kernel took 7 times as long for 65 tokens, forward and backward;
-    without a backward pass it took 0.1 to 0.8 of the time. And for ONNX, which does not have that kernel.
+    Written out to train on a CPU, where PyTorch's fused kernel is slow backward (docs/speed.md), and for ONNX, which does not
+    have it.
     """
     if q.is_cuda or not (torch.is_grad_enabled() or torch.compiler.is_exporting()):
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
@@ -675,8 +675,9 @@ class TorchModel:
     Moves and converts the modules that it is given."""
 
     def __init__(self, vae, transformer, device, dtype):
-        # The RQ-VAE stays float32; its convolutions are a fifth faster with the channels innermost.
+        # The RQ-VAE stays float32; on a CPU its convolutions are a fifth faster with the channels innermost.
         self.vae = vae.to(device, memory_format=torch.channels_last).eval()
+        self.half = device.type == "cuda" and dtype != torch.float32
         self.transformer = transformer.to(device, dtype).eval()
         self.size, self.side = vae.size, vae.side
         self.null, self.positions, self.depth = transformer.null, transformer.positions, transformer.depth
@@ -691,9 +692,10 @@ class TorchModel:
 
     @torch.inference_mode()
     def decode(self, codes):
-        # On a GPU in float16: 0.05 of 255 levels away from float32 on average, 0.3 at most (bf16: 0.4 and 2.2).
-        with torch.autocast(codes.device.type, torch.float16, enabled=codes.is_cuda):
-            return self.vae.decode(codes)
+        # Where the transformer may be bf16 on a GPU, the decoder runs in float16: nearer than bf16 (docs/speed.md).
+        with torch.autocast(codes.device.type, torch.float16, enabled=self.half):
+            images = self.vae.decode(codes)
+        return images.float()
 
     @torch.inference_mode()
     def encode(self, images):

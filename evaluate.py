@@ -425,12 +425,12 @@ def main():
         if args.compile:
             fast.speed_up(model, c)
         values = " ".join(f"{k}={v}" for k, v in vars(c).items())
-        content = [drr.fingerprint(vae), drr.fingerprint(transformer), values, chosen, args.seed, str(dtype)]
+        content = [drr.fingerprint(vae), drr.fingerprint(transformer), values, chosen, args.seed, str(dtype), *["compiled"] * args.compile]
         folder = Path(args.out or f"samples/{hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]}")
         claim(folder, content)
         parts = draw_samples(model, chosen, args.number, args.seed, c, folder, device)
         labels = np.array([chosen[i % len(chosen)] for i in range(args.number)])
-        name = f"{args.number} samples of {args.checkpoint}, seed {args.seed}, {str(dtype)[6:]}, {len(chosen)} classes, {values}"
+        name = f"{args.number} samples of {args.checkpoint}, seed {args.seed}, {str(dtype)[6:]}{', compiled' * args.compile}, {len(chosen)} classes, {values}"
         samples = in_parts(parts, args.number, [info.classes[k] for k in labels] if info.transformer.cond == "class" else None, name)
         if rank == 0:
             print(f"the pictures are in {folder}", file=sys.stderr)

@@ -25,25 +25,27 @@ def torch_model(vae, transformer, device, dtype):
 
 
 def speed_up(model, c, compiled=True, graphs=None):
-    """Replaces `model.update` (of a drr.TorchModel) by a compiled one; on a GPU it is captured in CUDA graphs as well, unless
-    `graphs` says otherwise. The first updates of each shape are slow. Raises UserError for sampling values `c` under which
-    every update has a shape or a guidance of its own."""
+    """Replaces `model.update` (of a drr.TorchModel) by a compiled one. graphs: captured as CUDA graphs, too; None: on a GPU. The
+    first updates of each shape are slow. Raises UserError for sampling values `c` under which every update has a shape or a
+    guidance of its own."""
     if c.draft_growing or c.draft_ramp or c.draft_pool < 1:
-        raise UserError("--compile needs updates that are alike; leave out draft_growing, draft_ramp and draft_pool, or --compile.")
-    cuda = next(model.transformer.parameters()).is_cuda
-    run = drr.update
+        raise UserError("Compiled and captured updates must be alike, and draft_growing, draft_ramp and draft_pool make each another; "
+                        "leave them out, or do not compile.")
+    transformer, run = model.transformer, drr.update
+    cuda = next(transformer.parameters()).is_cuda
     if compiled:
-        # Weights become constants, packed once as the CPU's products want them (4 shapes of a decode, 4 copies). Global,
-        # because the tracer asks for it before any options of torch.compile count.
+        # Weights become constants, packed as the CPU's products want them, once a shape. Set for the whole process, because the
+        # tracer asks for it before any options of torch.compile count. And more shapes than torch's 8 may come.
         torch._inductor.config.freezing = not cuda
+        torch._dynamo.config.recompile_limit = 64
         run = torch.compile(run, fullgraph=True, dynamic=False)
-    if cuda if graphs is None else graphs:
+    if graphs or graphs is None and cuda:
         run = Graphs(run)
 
     def update(_, state, positions, *arguments, **named):
         # Whatever differs from update to update would be compiled in and have it compiled anew: phase, round, strides.
-        alike = state._replace(phase="", round=0, hidden=state.hidden.contiguous())
-        new = run(model.transformer, alike, positions.contiguous(), *arguments, **named)
+        alike = state._replace(phase="", round=0, codes=state.codes.contiguous(), hidden=state.hidden.contiguous())
+        new = run(transformer, alike, positions.contiguous(), *arguments, **named)
         return new._replace(phase=state.phase, round=state.round)
     model.update = update
 
@@ -54,6 +56,8 @@ class Graphs:
 
     def __init__(self, update):
         self.update, self.captured = update, {}
+        # One pool for all of them: a replay may write over what another left there, as results are copied out at once.
+        self.pool = torch.cuda.graph_pool_handle() if torch.cuda.is_available() else None
 
     def __call__(self, model, state, positions, uniforms, cond, how, most_likely=None, better=False):
         inputs = state.codes, state.hidden, state.log_p, positions, uniforms, cond
@@ -64,7 +68,7 @@ class Graphs:
             def work():
                 codes, hidden, log_p, *others = static
                 return self.update(model, drr.State("", 0, codes, hidden, log_p), *others, how, most_likely, better)
-            self.captured[key] = static, *capture(work)
+            self.captured[key] = static, *capture(work, self.pool)
         static, replay, output = self.captured[key]
         for buffer, x in zip(static, inputs):
             buffer.copy_(x)
@@ -72,7 +76,7 @@ class Graphs:
         return drr.State("", 0, output.codes.clone(), output.hidden.clone(), output.log_p.clone())
 
 
-def capture(work):
+def capture(work, pool):
     """(replay, output): replay() does again what work() does, with the same tensors, and leaves its result in `output`."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -81,7 +85,7 @@ def capture(work):
             work()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, pool=pool):
         output = work()
     return graph.replay, output
 
@@ -107,7 +111,7 @@ class Float8Linear(nn.Module):
     def forward(self, x):
         rows, scale = self.rounded(x.flatten(0, -2))
         y = F.scaled_mm(rows, self.weight.T, scale, F.ScalingType.RowWise, self.scale, F.ScalingType.RowWise, bias=self.bias,
-                        output_dtype=torch.bfloat16, use_fast_accum=rows.is_cuda)
+                        output_dtype=torch.bfloat16)
         return y.unflatten(0, x.shape[:-1])
 
 

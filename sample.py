@@ -105,8 +105,8 @@ def load_model(args, device, dtype):
     if args.backend == "torch":
         vae, transformer, info = load_checkpoint(folder)
         return fast.torch_model(vae, transformer, device, dtype), info, device
-    if args.compile:
-        raise UserError(f"--compile is for --backend torch; leave it out with {args.backend}.")
+    if args.compile or args.precision == "fp8":
+        raise UserError(f"--compile and --precision fp8 are for --backend torch; leave them out with {args.backend}.")
     import backends
     if device.type == "mps":
         if args.device == "mps":

@@ -31,7 +31,7 @@ def training_noise(seed, step, batch_size, positions, depth):
 
 def sample_grid(vae, transformer, classes, config, device, dtype, seed=0):
     """16 pictures of classes spread over all, the same seeds every time."""
-    model = drr.TorchModel(vae, copy.deepcopy(transformer), device, dtype)
+    model = drr.TorchModel(*copy.deepcopy((vae, transformer)), device, dtype)       # it converts what it is given
     cond = torch.linspace(0, classes - 1, 16, device=device).long()[:, None].expand(-1, transformer.cond_length)
     noise = drr.draw_noise(seed, range(16), 1 + config.sample.rounds, transformer.positions, transformer.depth)
     *_, last = drr.draft_and_revise(model, cond, noise, config.sample)

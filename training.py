@@ -69,6 +69,9 @@ def join_ranks(args):
             torch.cuda.set_device(device)
         # The timeout is for what one rank does while the others wait: pictures, checkpoints, its share of the token cache.
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
+        choice = [dtype]
+        dist.broadcast_object_list(choice)                     # each has measured its own; they must not mix
+        dtype = choice[0]
         if dist.get_rank() > 0:
             sys.stdout = open(os.devnull, "w")                 # one rank talks
     return device, dtype
