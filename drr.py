@@ -694,8 +694,9 @@ class TorchModel:
     def decode(self, codes):
         # Where the transformer may be bf16 on a GPU, the decoder runs in float16: nearer than bf16 (docs/speed.md).
         with torch.autocast(codes.device.type, torch.float16, enabled=self.half):
-            images = self.vae.decode(codes)
-        return images.float()
+            # One picture is decoded beside itself: alone, a convolution may add up in another order than among others.
+            images = self.vae.decode(codes.repeat(2, 1, 1) if len(codes) == 1 else codes)
+        return images[:len(codes)].float()
 
     @torch.inference_mode()
     def encode(self, images):

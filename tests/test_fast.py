@@ -88,6 +88,17 @@ def test_nothing_waits_for_the_device_between_the_first_update_and_the_last(sett
         bool(torch.ones(1).any())
 
 
+def test_a_picture_is_never_decoded_alone(monkeypatch):
+    """Alone, its convolutions add up in another order, and --num 1 would not give the bytes of --num 16."""
+    vae, transformer, _ = drr.load_checkpoint(common.BUNDLED)
+    model, sizes, decode = drr.TorchModel(vae, transformer, CPU, torch.float32), [], vae.decode
+    monkeypatch.setattr(vae, "decode", lambda codes: sizes.append(len(codes)) or decode(codes))
+    codes = random_codes(2, 64, 4, codebook_size=1024)
+    one, two = model.decode(codes[:1]), model.decode(codes)
+    assert sizes == [2, 2] and one.shape == (1, 3, 32, 32) and one.dtype == torch.float32
+    torch.testing.assert_close(one, two[:1], atol=1e-5, rtol=0)
+
+
 # === Compiled, and captured =========================================================================================
 @pytest.fixture
 def fresh_compiler():
