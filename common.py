@@ -138,6 +138,18 @@ def to_namespace(config):
     return SimpleNamespace(**{section: SimpleNamespace(**values) for section, values in config.items()})
 
 
+def random_checkpoint(preset):
+    """What drr.load_checkpoint returns, for a preset's model with random weights and 1,000 classes: to measure its speed."""
+    config, classes = load_config(preset), [str(i) for i in range(1000)]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        vae = drr.RQVAE(config.vae)
+        transformer = drr.ContextualRQTransformer(config.transformer, drr.conditions(config.transformer, classes),
+                                                  vae.side ** 2, vae.quantizer.depth, vae.quantizer.codebook)
+    return (vae.requires_grad_(False).eval(), transformer.requires_grad_(False).eval(),
+            SimpleNamespace(**vars(config), classes=classes, titles=classes))
+
+
 # === Command line, errors, devices ==================================================================================
 def run(main):
     """Calls main(); a user's mistake, a full disk and the like end in one sentence and exit status 2."""
@@ -210,7 +222,7 @@ def matrix_rate(device, dtype, seconds=2.0, n=None):
 
 
 def bf16_pays(device):
-    """Whether bf16 products are faster than float32's: only hardware that has them is asked, and a CPU has to show it."""
+    """Whether bf16 products are clearly faster than float32's: only hardware that has them is asked, and a CPU has to show it."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     found = getattr(torch.cpu, "get_capabilities", dict)()
@@ -218,18 +230,6 @@ def bf16_pays(device):
         return False
     bf16, fp32 = (matrix_rate(device, dtype, 0.05, 512) for dtype in (torch.bfloat16, torch.float32))
     return bf16 > 1.5 * fp32            # no machine seen was near that (0.6, or 3 and more): the same choice at every start
-
-
-def random_checkpoint(preset):
-    """What drr.load_checkpoint returns, for a preset's model with random weights and 1,000 classes: to measure its speed."""
-    config, classes = load_config(preset), [str(i) for i in range(1000)]
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        vae = drr.RQVAE(config.vae)
-        transformer = drr.ContextualRQTransformer(config.transformer, drr.conditions(config.transformer, classes),
-                                                  vae.side ** 2, vae.quantizer.depth, vae.quantizer.codebook)
-    return (vae.requires_grad_(False).eval(), transformer.requires_grad_(False).eval(),
-            SimpleNamespace(**vars(config), classes=classes, titles=classes))
 
 
 def pick_device(args):

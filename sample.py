@@ -273,9 +273,9 @@ def main():
     with tqdm(total=updates, desc="sampling", unit="update") as bar:
         for first in range(0, num, c.batch_size):
             part = range(first, min(first + c.batch_size, num))
-            # Batches are powers of two, the last one with spare pictures that are thrown away: at these sizes a CPU's bf16
-            # products gave the same bits for a picture in any batch, at 3 they did not. Other backends may differ.
-            # What is compiled is compiled for one size.
+            # Batches are powers of two, the last one with spare pictures that are thrown away: at these sizes a CPU's products
+            # gave the same bits for a picture in any batch, at 3 bf16's did not. Other backends may differ. What is compiled
+            # is compiled for one size.
             size = min(num, c.batch_size) if args.compile else len(part)
             padded = range(first, first + 2 ** math.ceil(math.log2(size)))
             cond = torch.tensor([[labels[i % num]] for i in padded], device=device)
