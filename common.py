@@ -34,11 +34,11 @@ AT_MOST = {"vae.codebook_size": 65536, "vae.ema_decay": 1, "transformer.weights_
            "data.balance": 1, "sample.top_p": 1, "sample.draft_pool": 1, "sample.revise_share": 1}
 
 
-def load_config(preset, overrides=()):
+def load_config(preset, overrides=(), sections=None):
     """The preset's values over the base's, with `section.key=value` overrides on top, as nested namespaces.
 
-    Raises UserError for an unknown preset, section or key (naming the nearest known one) and for a value that does
-    not have the type of the base's.
+    Raises UserError for an unknown preset, section or key (naming the nearest known one), for a value that does not have
+    the type of the base's, and for an override outside of `sections`, if only those are read.
     """
     document = yaml.safe_load((HERE / "config.yaml").read_text())
     base, presets = document["base"], document["presets"]
@@ -53,6 +53,8 @@ def load_config(preset, overrides=()):
         section, dot, key = name.partition(".")
         if not (equals and dot):
             raise UserError(f"{text!r} is no override; write section.key=value, for example vae.lr=1e-4.")
+        if sections and section in base and section not in sections:
+            raise UserError(f"{text!r} changes nothing here, where only the sections {', '.join(sections)} are read; leave it out.")
         layers.append({section: {key: parse_value(text, value)}})
     config = {section: dict(values) for section, values in base.items()}
     for layer in layers:
@@ -151,12 +153,17 @@ def random_checkpoint(preset):
 
 
 # === Command line, errors, devices ==================================================================================
+MEMORY_FULL = "The memory is full; lower batch_size, or for training set data.in_memory=false."
+
+
 def run(main):
-    """Calls main(); a user's mistake, a full disk and the like end in one sentence and exit status 2."""
+    """Calls main(); a user's mistake, a full disk and the like end in one sentence and exit status 2, Ctrl-C in 130."""
     try:
         main()
         if ranks()[1] > 1:
             dist.destroy_process_group()
+    except KeyboardInterrupt:
+        sys.exit(130)
     except UserError as error:
         text = str(error).strip()
         if text.startswith("Caught "):                       # in a worker process, with its traceback in front
@@ -169,17 +176,17 @@ def run(main):
         sys.exit(fail("The GPU's memory is full; lower batch_size (bench.py: --batch), for training set "
                       "micro_batch, or use --device cpu."))
     except MemoryError:
-        sys.exit(fail("The memory is full; lower batch_size, or for training set data.in_memory=false."))
+        sys.exit(fail(MEMORY_FULL))
     except torch._dynamo.exc.TorchDynamoException as error:
         sys.exit(fail(f"torch.compile does not work here ({type(error).__name__}: it needs a C++ compiler, on a GPU Triton); "
                       "leave --compile out, or for a training add vae.compile=false or transformer.compile=false."))
     except RuntimeError as error:
+        if "can't allocate memory" in str(error) or "out of memory" in str(error):          # torch's on a CPU, and on MPS
+            sys.exit(fail(MEMORY_FULL))
         if ranks()[1] == 1 or not (isinstance(error, dist.DistError) or "gloo" in str(error) or "NCCL" in str(error)):
             raise
         sys.exit(fail(f"The connection to another process of this run broke ({' '.join(str(error).split())[:80]}); look for "
                       "its error, then go on with --resume."))
-    except KeyboardInterrupt:
-        sys.exit(130)
 
 
 def fail(message):
@@ -248,6 +255,11 @@ def pick_device(args):
     if args.precision == "auto":
         return device, torch.bfloat16 if bf16_pays(device) else torch.float32
     return device, PRECISIONS[args.precision]
+
+
+def autocast(device, dtype):
+    """torch.autocast, which float32 does not need."""
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
 def efficientnet_lite0():

@@ -5,6 +5,7 @@ the same in every run. A data set is a fixed list of views, so that a picture in
 one whose codes were computed last week are the same picture.
 """
 import contextlib
+import csv
 import functools
 import hashlib
 import io
@@ -23,6 +24,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
 import drr
+from common import autocast
 from drr import UserError
 
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
@@ -92,7 +94,7 @@ def find_images(directory, split="train", index=None):
     """
     root = Path(directory)
     if not root.is_dir():
-        raise UserError(f"The data folder {directory} does not exist; give --data a folder of images.")
+        raise UserError(f"The folder {directory} does not exist; give one that holds images.")
     if (root / "train").is_dir() or split != "train":
         root = root / split
     shards, folders = sorted(root.glob("*.tar")), list(picture_folders(root))
@@ -101,8 +103,8 @@ def find_images(directory, split="train", index=None):
     if shards:
         return open_shards(shards, directory, index)
     if not folders:
-        raise UserError(f"{root} holds no images; expected DIR/train/<class>/*.jpg, a folder of images "
-                        f"({', '.join(sorted(EXTENSIONS))}) or tar shards DIR/train/*.tar.")
+        raise UserError(f"{root} holds no images; expected <class>/*.jpg in it, or just images ({', '.join(sorted(EXTENSIONS))}), or "
+                        "tar shards *.tar.")
     paths, names = zip(*folders)
     class_of = [Path(path).relative_to(root).parts[:1] for path in paths]
     class_of = [parts[0] if parts else "" for parts in class_of]
@@ -208,10 +210,15 @@ def class_table(directory):
     path = Path(directory) / "classes.tsv"
     if not path.exists():
         return []
-    header, *rows = [line.split("\t") for line in path.read_text().splitlines() if line]
-    if not {"wnid", "name"} <= set(header):
-        raise UserError(f"{path} has the columns {header}; expected `wnid` and `name`, separated by tabs.")
-    return [(row[header.index("wnid")], row[header.index("name")]) for row in rows]
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+        table = [(row["wnid"], row["name"]) for row in csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)]
+    except (UnicodeDecodeError, KeyError):
+        table = []
+    if not table or None in (text for row in table for text in row):
+        raise UserError(f"{path} is no table of classes; expected UTF-8 text, its first line the names of the columns, `wnid` and "
+                        "`name` among them, and a line a class with as many columns, separated by tabs.")
+    return table
 
 
 def class_titles(directory, classes):
@@ -268,57 +275,59 @@ def file_seed(path, seed):
 class Views(torch.utils.data.Dataset):
     """The views of a data set and the probability with which each is drawn. `c` is the section `data`.
 
-    Item t is the batch of step t: uint8 images (B, 3, S, S), labels (B,), and how many of them stand in for a file that
+    len() counts the views; item t, for any t >= 0, is the batch of step t: uint8 images (B, 3, S, S), labels (B,), and how many of them stand in for a file that
     could not be read. A process that is one of several has only the positions `own` of the batch, all by default.
     """
 
     def __init__(self, files, labels, classes, size, batch_size, c):
         self.files, self.size, self.batch_size, self.own = files, size, batch_size, np.arange(batch_size)
-        self.favour = np.ones(len(classes))                                   # of each class
+        self.favours = np.ones(len(classes))                                  # of each class
         if c.favour != 1 and not c.favour_class:
             raise UserError(f"data.favour is {c.favour}, but of which class? Give data.favour_class its folder.")
         if c.favour_class:
             if c.favour_class not in classes:
-                raise UserError(f"data.favour_class is {c.favour_class!r}; the data has no class folder of that name.")
-            self.favour[classes.index(c.favour_class)] = c.favour
+                raise UserError(f"data.favour_class is {c.favour_class!r}; the data has no class folder of that name, only for example "
+                                f"{', '.join(classes[:3])}.")
+            self.favours[classes.index(c.favour_class)] = c.favour
         self.seed, self.balance, self.flip, self.workers = c.seed, c.balance, c.flip, c.workers
         per_class = np.bincount(labels)                                       # n_c, files of each class
         count = np.maximum(c.views, np.ceil(c.class_views / np.maximum(per_class, 1))).astype(int)[labels]
         self.images = None
         # One entry per view: which of the files, in ascending order, the class, and the number of the crop.
-        self.file = np.repeat(np.arange(len(files), dtype=np.int32), count)
+        self.file_of = np.repeat(np.arange(len(files), dtype=np.int32), count)
         self.labels = np.repeat(labels, count)
-        self.view = (np.arange(len(self.file)) - np.repeat(np.cumsum(count) - count, count)).astype(np.int32)
+        self.crop_of = (np.arange(len(self.file_of)) - np.repeat(np.cumsum(count) - count, count)).astype(np.int32)
         self.weigh()
 
     def keep(self, good):
         """Goes on with the views that are marked in `good` (M,) bool; `files` stays as it is."""
-        self.file, self.labels, self.view = self.file[good], self.labels[good], self.view[good]
+        self.file_of, self.labels, self.crop_of = self.file_of[good], self.labels[good], self.crop_of[good]
         self.weigh()
 
     def weigh(self):
+        """Sets `cdf` (M,), the probability of each view and of all before it."""
         # P(class) ~ favour * n_c^(1 - balance), shared equally by the views of the class
-        n = len(self.favour)
-        n_files, n_views = np.bincount(self.labels[self.view == 0], minlength=n), np.bincount(self.labels, minlength=n)
-        weight = (self.favour * n_files ** (1.0 - self.balance) / np.maximum(n_views, 1))[self.labels]
+        n = len(self.favours)
+        n_files, n_views = np.bincount(self.labels[self.crop_of == 0], minlength=n), np.bincount(self.labels, minlength=n)
+        weight = (self.favours * n_files ** (1.0 - self.balance) / np.maximum(n_views, 1))[self.labels]
         self.cdf = np.cumsum(weight / weight.sum())
 
     def __len__(self):
-        return len(self.file)
+        return len(self.file_of)
 
     def crop(self, i, picture=None):
         """View i, uint8 (3, S, S), of its file or of the file's picture if that is at hand."""
-        path = self.files[self.file[i]]
-        return crop(picture or open_image(path), self.size, self.view[i], file_seed(path, self.seed))
+        path = self.files[self.file_of[i]]
+        return crop(picture or open_image(path), self.size, self.crop_of[i], file_seed(path, self.seed))
 
     def read_all(self, starts, doing):
         """Decodes files once each, in threads, a block at a time, and the next while the caller is busy with this one.
         `starts` are the files' first views. Yields (views, images uint8 (m, 3, S, S), bad): the m views that could be
         read, and the first views of the files that could not."""
         def read(start):
-            views = np.arange(start, np.searchsorted(self.file, self.file[start], side="right"))
+            views = np.arange(start, np.searchsorted(self.file_of, self.file_of[start], side="right"))
             try:
-                picture = open_image(self.files[self.file[start]])
+                picture = open_image(self.files[self.file_of[start]])
                 return views, torch.stack([self.crop(i, picture) for i in views]), []
             except UserError:
                 return views[:0], torch.empty(0, 3, self.size, self.size, dtype=torch.uint8), [start]
@@ -335,7 +344,7 @@ class Views(torch.utils.data.Dataset):
     def report(self, bad):
         """Says how many files could not be read; `bad` are their first views. Raises UserError when no file could."""
         if len(bad):
-            first, n = self.files[self.file[bad[0]]], (self.view == 0).sum()
+            first, n = self.files[self.file_of[bad[0]]], (self.crop_of == 0).sum()
             if len(bad) == n:
                 raise UserError(f"None of the {n} files can be read as an image; the first: {first}")
             if drr.ranks()[0] == 0:
@@ -345,7 +354,7 @@ class Views(torch.utils.data.Dataset):
         """Holds all views on the device, uint8."""
         images = torch.empty(len(self), 3, self.size, self.size, dtype=torch.uint8)
         good, unreadable = np.zeros(len(self), bool), []
-        for views, block, bad in self.read_all(np.flatnonzero(self.view == 0), "reading images"):
+        for views, block, bad in self.read_all(np.flatnonzero(self.crop_of == 0), "reading images"):
             images[torch.from_numpy(views)], good[views] = block, True
             unreadable.extend(bad)
         self.report(unreadable)
@@ -365,7 +374,7 @@ class Views(torch.utils.data.Dataset):
                 return i, self.crop(i)
             except UserError as error:
                 reason = error
-            i = np.searchsorted(self.file, self.file[i], side="right") % len(self)
+            i = np.searchsorted(self.file_of, self.file_of[i], side="right") % len(self)
         raise UserError(f"100 files in a row cannot be read as images; the last: {reason}")
 
     def __getitem__(self, step):
@@ -395,19 +404,25 @@ def to_float(images, device):
 
 
 def validation_images(directory, size, count, classes, index=None):
-    """Up to `count` central crops of DIR/val, spread over it, and their labels; (None, None) without DIR/val.
-    `index` is that of `find_images`."""
+    """Up to `count` central crops of DIR/val, spread over it, and their labels among `classes` (all 0 where those are [""]);
+    (None, None) without DIR/val. `index` is that of `find_images`. Raises UserError when DIR/val has none of the classes,
+    or no picture of them that can be read."""
     if not (Path(directory) / "val").is_dir():
         return None, None
     files, labels, names = find_images(directory, "val", index)
-    known = [i for i in range(len(files)) if names[labels[i]] in classes]
-    pick = [known[i] for i in np.linspace(0, len(known) - 1, min(count, len(known))).astype(int)] if known else []
+    number = {name: 0 if classes == [""] else classes.index(name) for name in names if name in classes or classes == [""]}
+    known = [i for i in range(len(files)) if names[labels[i]] in number]
+    if not known:
+        raise UserError(f"{directory}/val has none of the training's classes ({', '.join(classes[:3])}, ...) but {', '.join(names[:3])}; "
+                        "rename its folders or move it away.")
     pictures, found = [], []
-    for i in pick:
+    for i in (known[i] for i in np.linspace(0, len(known) - 1, min(count, len(known))).astype(int)):
         with contextlib.suppress(UserError):                  # a damaged file is not fatal here either
             pictures.append(crop(open_image(files[i]), size))
-            found.append(classes.index(names[labels[i]]))
-    return (torch.stack(pictures), torch.tensor(found)) if pictures else (None, None)
+            found.append(number[names[labels[i]]])
+    if not pictures:
+        raise UserError(f"None of the images in {directory}/val can be read; mend them or move the folder away.")
+    return torch.stack(pictures), torch.tensor(found)
 
 
 # === Token cache: views -> codes, computed once =====================================================================
@@ -420,10 +435,10 @@ def cached_codes(views, vae, directory, device, dtype):
     The file's name is a hash of the RQ-VAE's weights, the precision and the views (folder and name of each file, its
     size, its crops): another model or other files make another cache. Files that cannot be read are dropped from
     `views`. All ranks call this together, with a `directory` that all of them see, and share the work; interrupted, it
-    goes on where it stopped, with any number of ranks.
+    goes on where it stopped, with any number of ranks. Raises UserError when the codes of other ranks do not arrive.
     """
     content = [drr.fingerprint(vae), str(dtype), views.size, views.seed, views.flip, fingerprint(views.files)]
-    digest = hashlib.sha256(json.dumps(content).encode() + views.file.tobytes() + views.view.tobytes())
+    digest = hashlib.sha256(json.dumps(content).encode() + views.file_of.tobytes() + views.crop_of.tobytes())
     name = digest.hexdigest()[:16]
     path, index_path = Path(directory) / f"codes-{name}.npy", Path(directory) / f"codes-{name}-views.npy"
     if not path.exists():                                    # no rank can finish it before the others have looked
@@ -447,8 +462,8 @@ def encode_views(views, vae, path, index_path, device, dtype):
             allocate(temporary, np.uint16, shape)
     barrier()
     codes, state = (np.load(p, mmap_mode="r+") for p in (part, state_path))
-    starts = np.flatnonzero(views.view == 0)
-    todo = starts[state[views.file[starts]] == TO_DO]
+    starts = np.flatnonzero(views.crop_of == 0)
+    todo = starts[state[views.file_of[starts]] == TO_DO]
     barrier()                                                # nobody writes before all know what is to do
     for index, images, bad in views.read_all(np.array_split(todo, world)[rank], "encoding images"):
         for i in range(0, len(index), 128):
@@ -456,15 +471,15 @@ def encode_views(views, vae, path, index_path, device, dtype):
             for flip in range(shape[0]):
                 codes[flip, index[i:i + 128]] = encode(vae, x.flip(-1) if flip else x, dtype).cpu().numpy()
         codes.flush()                                        # first the codes, then the note that they are there
-        state[views.file[index]], state[views.file[bad]] = ENCODED, UNREADABLE
+        state[views.file_of[index]], state[views.file_of[bad]] = ENCODED, UNREADABLE
     barrier()
-    left = int((state[views.file[starts]] == TO_DO).sum())
+    left = int((state[views.file_of[starts]] == TO_DO).sum())
     if left:                                                 # a network disk need not show one machine what another wrote
         raise UserError(f"The codes of {left} files did not reach {part}; compute the cache on one machine first, by "
                         "starting the training there, then start on all.")
-    views.report(starts[state[views.file[starts]] == UNREADABLE])
+    views.report(starts[state[views.file_of[starts]] == UNREADABLE])
     if rank == 0:
-        good = np.flatnonzero(state[views.file] == ENCODED)
+        good = np.flatnonzero(state[views.file_of] == ENCODED)
         with drr.replacing(index_path) as temporary, open(temporary, "wb") as f:
             np.save(f, good)
         if len(good) == len(views):
@@ -492,5 +507,5 @@ def allocate(path, dtype, shape):
 @torch.inference_mode()
 def encode(vae, images, dtype):
     """Codes (B, N, D) of images in [-1, 1], the convolutions in `dtype`."""
-    with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
+    with autocast(images.device, dtype):
         return vae.encode(images)

@@ -64,10 +64,10 @@ class ResidualQuantizer(nn.Module):
             return d.view(*residual.shape[:-1], -1)
 
     def quantize(self, z, temperature=0.0, uniforms=None):
-        """Residual quantization of z (..., n_z). The scripts take the nearest codes; drawing them is for soft targets.
+        """Residual quantization of z (..., n_z) into the nearest code at every depth.
 
-        temperature 0 takes the nearest code at every depth. With a temperature > 0 the codes are drawn from
-        `soft_codes` by inverting the CDF at `uniforms` (..., D) in [0, 1) ("stochastic codes", RQ-VAE section 3.2.3).
+        With a temperature > 0 (transformer.stochastic_codes) the codes are drawn from `soft_codes` instead, by inverting
+        the CDF at `uniforms` (..., D) in [0, 1) ("stochastic codes", RQ-VAE section 3.2.3).
         Returns codes (..., D) int64 and the partial sums z_hat^(d) (..., D, n_z).
         """
         residual = z = z.detach().float()
@@ -114,9 +114,9 @@ class ResidualQuantizer(nn.Module):
             # Every rank restarts the same codes from the same vectors, those that one process with the whole batch would
             # take: rank r holds the vectors r P .. r P + P - 1, gives those of them that are picked, and the sum has all.
             P = len(vectors)
-            pick = torch.randint(world * P, (K,), generator=generator).to(vectors.device)
+            source = torch.randint(world * P, (K,), generator=generator).to(vectors.device)
             jitter = torch.rand(K, vectors.shape[1], generator=generator).to(vectors.device)
-            candidates = vectors[pick % P] * (pick // P == rank)[:, None]           # (K, n_z)
+            candidates = vectors[source % P] * (source // P == rank)[:, None]       # (K, n_z)
             if world > 1:
                 dist.all_reduce(candidates)
             # A batch smaller than the codebook would restart codes as twins: move them apart a little.
@@ -140,17 +140,17 @@ def ranks():
     return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
 
 
-def inverse_cdf(probabilities, uniforms):
-    """Draws an index from each row of probabilities (..., K) by inverting its CDF at uniforms (...) in [0, 1).
+def inverse_cdf(p, uniforms):
+    """Draws an index from each row of probabilities p (..., K) by inverting its CDF at uniforms (...) in [0, 1).
 
     The same uniform number gives the same index on every device and backend, up to rounding; an entry of probability
     0 is never drawn.
     """
-    cdf = probabilities.cumsum(-1)
+    cdf = p.cumsum(-1)
     index = torch.searchsorted(cdf, uniforms.unsqueeze(-1) * cdf[..., -1:], right=True).clamp(max=cdf.shape[-1] - 1)
     # Rounding (u * total up to the total, a parallel sum that is not monotone) may hit an entry that was cut off.
-    drawn = probabilities.gather(-1, index).squeeze(-1)
-    return torch.where(drawn > 0, index.squeeze(-1), probabilities.argmax(-1))
+    drawn = p.gather(-1, index).squeeze(-1)
+    return torch.where(drawn > 0, index.squeeze(-1), p.argmax(-1))
 
 
 def codebook_usage(codes, codebook_size):
@@ -171,17 +171,18 @@ def group_norm(channels):
 
 
 class ResBlock(nn.Module):
+    """(B, c_in, H, W) -> (B, c_out, H, W)."""
+
     def __init__(self, c_in, c_out):
         super().__init__()
         self.norm1, self.conv1 = group_norm(c_in), nn.Conv2d(c_in, c_out, 3, padding=1)
         self.norm2, self.conv2 = group_norm(c_out), nn.Conv2d(c_out, c_out, 3, padding=1)
-        if c_in != c_out:
-            self.nin_shortcut = nn.Conv2d(c_in, c_out, 1)
+        self.nin_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
     def forward(self, x):
         h = self.conv1(F.silu(self.norm1(x)))
         h = self.conv2(F.silu(self.norm2(h)))
-        return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
+        return h + self.nin_shortcut(x)
 
 
 def attention(q, k, v, causal=False):
@@ -213,6 +214,8 @@ class AttnBlock(nn.Module):
 
 
 class Downsample(nn.Module):
+    """(B, c, H, W) -> (B, c, H / 2, W / 2)."""
+
     def __init__(self, c):
         super().__init__()
         self.conv = nn.Conv2d(c, c, 3, stride=2)
@@ -222,6 +225,8 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
+    """(B, c, H, W) -> (B, c, 2 H, 2 W)."""
+
     def __init__(self, c):
         super().__init__()
         self.conv = nn.Conv2d(c, c, 3, padding=1)
@@ -233,25 +238,26 @@ class Upsample(nn.Module):
 class Level(nn.Module):
     """The blocks of one resolution: res-blocks, each followed by attention if the level has it, then the resampling."""
 
-    def __init__(self, widths, attention, resample):
+    def __init__(self, widths, attend, downsample=None, upsample=None):
         super().__init__()
         self.block = nn.ModuleList(ResBlock(a, b) for a, b in zip(widths, widths[1:]))
-        self.attn = nn.ModuleList(AttnBlock(c) for c in widths[1:] if attention)
-        for name, module in resample.items():        # {"downsample": ...}, {"upsample": ...} or nothing
-            setattr(self, name, module)
-        self.resample = tuple(resample)
+        self.attn = nn.ModuleList(AttnBlock(c) for c in widths[1:] if attend)
+        self.downsample, self.upsample = downsample, upsample
 
     def forward(self, x):
         for i, block in enumerate(self.block):
             x = block(x)
             if self.attn:
                 x = self.attn[i](x)
-        for name in self.resample:
-            x = getattr(self, name)(x)
+        for resample in (self.downsample, self.upsample):
+            if resample is not None:
+                x = resample(x)
         return x
 
 
 class Middle(nn.Module):
+    """(B, c, H, W) -> (B, c, H, W)."""
+
     def __init__(self, c):
         super().__init__()
         self.block_1, self.attn_1, self.block_2 = ResBlock(c, c), AttnBlock(c), ResBlock(c, c)
@@ -272,7 +278,7 @@ class Encoder(nn.Module):
         for i, width in enumerate(widths):
             inputs = widths[i - 1] if i else c.ch
             self.down.append(Level([inputs] + [width] * c.num_res_blocks, c.resolution >> i in c.attn_resolutions,
-                                   {"downsample": Downsample(width)} if i < last else {}))
+                                   downsample=Downsample(width) if i < last else None))
         self.mid = Middle(widths[-1])
         self.norm_out, self.conv_out = group_norm(widths[-1]), nn.Conv2d(widths[-1], c.z_channels, 3, padding=1)
 
@@ -296,7 +302,7 @@ class Decoder(nn.Module):
         for i, width in enumerate(widths):           # up[i] works at resolution S / 2^i; the last level runs first
             inputs = widths[min(i + 1, last)]
             self.up.append(Level([inputs] + [width] * (c.num_res_blocks + 1), c.resolution >> i in c.attn_resolutions,
-                                 {"upsample": Upsample(width)} if i else {}))
+                                 upsample=Upsample(width) if i else None))
         self.norm_out, self.conv_out = group_norm(widths[0]), nn.Conv2d(widths[0], 3, 3, padding=1)
 
     def forward(self, x):
@@ -345,7 +351,7 @@ class RQVAE(nn.Module):
         Not `quantized`, the decoder sees z itself, as in a plain autoencoder."""
         z = self.encode_latent(images).float()
         codes, partial_sums = self.quantizer.quantize(z)
-        # L_commit = mean_d || z - sg[ z_hat^(d) ] ||^2, every partial sum and not only the last (RQ-VAE Eq. 8)
+        # L_commit = || z - sg[ z_hat^(d) ] ||^2 / n_z, the mean over d: every partial sum and not only the last (RQ-VAE Eq. 8)
         commitment = (z.unsqueeze(-2) - partial_sums).square().mean()
         z_hat = z + (partial_sums[..., -1, :] - z).detach()     # straight through: the gradient of z_hat goes to z
         return self.decode_latent(z_hat if quantized else z), commitment, z, codes
@@ -408,7 +414,7 @@ class ContextualRQTransformer(nn.Module):
     def __init__(self, c, conditions, positions, depth, codebook):
         super().__init__()
         if c.d_model % c.head_dim:
-            raise UserError(f"transformer.d_model {c.d_model} is no multiple of transformer.head_dim {c.head_dim}.")
+            raise UserError(f"transformer.d_model {c.d_model} is no multiple of transformer.head_dim {c.head_dim}; change one of them.")
         d, (K, n_z) = c.d_model, codebook.shape
         self.depth, self.positions, self.heads, self.head_dim = depth, positions, d // c.head_dim, c.head_dim
         self.cond_length = c.text_length if c.cond == "text" else 1
@@ -425,7 +431,7 @@ class ContextualRQTransformer(nn.Module):
         self.depth_pos = nn.Parameter(torch.zeros(depth, d))                # PE_D
         self.depthwise = nn.ModuleList(Block(d, c.head_dim) for _ in range(c.n_depth))
         self.ln, self.classifier = nn.LayerNorm(d), nn.Linear(d, K)
-        for name, p in self.named_parameters():                             # GPT-2's initialisation
+        for name, p in self.named_parameters():                             # N(0, 0.02), as GPT-2 begins
             if p.dim() == 1 and name != "mask_embed":
                 continue                                                    # LayerNorm keeps 1 and 0 ...
             nn.init.normal_(p, std=0.02)
@@ -670,9 +676,17 @@ def draft_and_revise(model, cond, noise, c, codes=None, region=None):
 
 
 class TorchModel:
-    """The only way in which decoding reaches the networks: the loop calls context and depth_step, its callers decode
-    (and encode, for pictures that come in). Exported graphs take its place by having the same functions and sizes.
-    Moves and converts the modules that it is given."""
+    """The networks as the decoding loop sees them; backends.ExportedModel takes its place by having the same.
+
+    context(codes (B, N, D), mask (B, N), cond (B, L), positions (B, n) or None) -> h (B, n or N, d_model)
+    depth_step(h (P, d_model), stacks (P, D), d, cache) -> logits (P, K), cache (opaque; None comes in at d = 0)
+    decode(codes (B, N, D)) -> float32 images (B, 3, S, S), not clamped
+    encode(images (B, 3, S, S) in [-1, 1]) -> codes (B, N, D)
+    size, side, positions, depth, null   S, H = W, N, D, and the null condition's id
+    update   only where there is another than the function of that name (fast.py's, compiled)
+
+    Moves and converts, in place, the modules that it is given.
+    """
 
     def __init__(self, vae, transformer, device, dtype):
         # The RQ-VAE stays float32; on a CPU its convolutions are a fifth faster with the channels innermost.
@@ -706,8 +720,8 @@ class TorchModel:
 # === Checkpoints: safetensors that carry their configuration ========================================================
 @contextlib.contextmanager
 def replacing(path):
-    """Gives a temporary path beside `path` to write to, and moves it there only when all of it has been written.
-    Raises UserError when the disk is full or the place cannot be written to; what was there before stays."""
+    """Gives a temporary path beside `path` to write to, and moves it there only when all of it has been written. The body
+    should do nothing else: raises UserError when the disk is full or the place cannot be written to; what was there before stays."""
     path = Path(path)
     temporary = path.with_name(f".writing-{uuid.uuid4().hex[:8]}-{path.name}")
     try:
@@ -759,6 +773,9 @@ def load_checkpoint(directory):
     write them. Returns vae, transformer (float32, on the CPU) and info: the configuration's sections `vae`,
     `transformer`, `sample`, and `classes` and `titles` in the order of their indices. Raises UserError as `load_vae`
     does, and when the two belong to different trainings."""
+    if not Path(directory).is_dir():
+        raise UserError(f"The checkpoint folder {directory} does not exist; give --checkpoint a folder with "
+                        "vae.safetensors and transformer.safetensors, for example runs/PRESET.")
     vae, vae_section = load_vae(Path(directory) / "vae.safetensors")
     path = Path(directory) / "transformer.safetensors"
     tensors, meta = read_model(path)
@@ -826,8 +843,9 @@ def load_official_rqvae(path, c):
 
 
 def save_model(path, tensors, meta):
+    tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
     with replacing(path) as temporary:
-        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, {"drr": json.dumps(meta)})
+        save_file(tensors, temporary, {"drr": json.dumps(meta)})
         temporary.chmod(0o644)                       # safetensors writes files that only their owner can read
 
 
@@ -835,8 +853,10 @@ def read_model(path):
     """(tensors, meta) of a file that `save_model` wrote. Raises UserError for anything else; executes nothing."""
     try:
         with safe_open(path, "pt") as f:
-            meta = f.metadata() or {}
-        return load_file(path), json.loads(meta["drr"])
+            meta = json.loads((f.metadata() or {})["drr"])
+        if not isinstance(meta, dict):
+            raise ValueError("its description is no table")
+        return load_file(path), meta
     except FileNotFoundError:
         raise UserError(f"The checkpoint {path} does not exist; train it or name a folder that has it.") from None
     except (SafetensorError, KeyError, ValueError) as error:

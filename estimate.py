@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 import drr
-from common import HERE, add_device_arguments, load_config, matrix_rate, pick_device, run, synchronize
+from common import HERE, add_device_arguments, autocast, load_config, matrix_rate, pick_device, run, synchronize
 from drr import UserError
 
 CLASSES = 1000      # of ImageNet; the estimate does not look at the data, and a class is only one more embedding
@@ -75,18 +75,17 @@ def build(stage, config):
 def forward_backward(stage, config, parts, batch, device, dtype):
     """The loss of one micro-batch of random data, and its gradients; every stack is hidden, which costs the most."""
     c, model = getattr(config, stage), parts.model
-    autocast = torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext()
     if stage == "transformer":
         codes = torch.randint(len(model.codebook), (batch, model.positions, model.depth), device=device)
         hidden = torch.ones(batch, model.positions, dtype=torch.bool, device=device)
         cond = torch.zeros(batch, model.cond_length, dtype=torch.int64, device=device)
-        with autocast:
+        with autocast(device, dtype):
             loss = model(codes, hidden, cond)[0].mean()
         loss.backward()
         return loss.detach()
     import train_vae
     x = torch.rand(batch, 3, c.resolution, c.resolution, device=device) * 2 - 1
-    with autocast:
+    with autocast(device, dtype):
         recon, commitment, *_ = model(x)
     recon = recon.float()
     loss = (recon - x).square().mean() + (parts.frozen(recon, x).mean() if parts.frozen else 0)

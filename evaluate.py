@@ -35,7 +35,7 @@ import fast
 import training
 from common import BUNDLED, HERE, add_device_arguments, efficientnet_lite0, run, sampling_values, to_pixels
 from drr import UserError, replacing
-from sample import find_class, load_checkpoint
+from sample import find_class
 
 CLASSIFIER = HERE / "checkpoints" / "classifier-32" / "classifier.pt2"
 BATCH = 64                       # pictures that go through the feature network at a time
@@ -332,7 +332,7 @@ def parse_arguments():
         "requirements-evaluate.txt), classifier (ours, 32x32) or a program's file; default: inception")
     add("--save-reference", metavar="NPZ", help="write the reference's features, for the next --reference")
     group = parser.add_argument_group("samples of a checkpoint")
-    group.add_argument("--checkpoint", metavar="DIR", default=str(BUNDLED))
+    group.add_argument("--checkpoint", metavar="DIR", help="a folder with vae.safetensors and transformer.safetensors (the bundled one)")
     group.add_argument("--class", dest="classes", metavar="C", help="their classes, index, wnid or name, comma-separated (those of "
                        "the reference's folders, or else all)")
     # Not --num: torchrun would take it for an option of its own.
@@ -347,11 +347,14 @@ def parse_arguments():
     args = parser.parse_intermixed_args()
     if args.samples and args.reconstructions:
         raise UserError("--samples and --reconstructions exclude each other; run the command once for each.")
-    of_samples = {"number": "--number", "seed": "--seed", "classes": "--class", "out": "--out", "npz": "--npz", "compile": "--compile",
-                  "overrides": "key=value"}
+    of_samples = {"number": "--number", "seed": "--seed", "classes": "--class", "out": "--out", "npz": "--npz",
+                  "compile": "--compile", "overrides": "key=value"}
     idle = [option for key, option in of_samples.items() if getattr(args, key) not in (None, [], False)]
     if (args.samples or args.reconstructions) and idle:
         raise UserError(f"With --samples and --reconstructions nothing is drawn; leave {idle[0]} out.")
+    if args.samples and args.checkpoint:
+        raise UserError("The pictures are either --samples or drawn from --checkpoint; give one of them.")
+    args.checkpoint = args.checkpoint or str(BUNDLED)
     args.number, args.seed = 1000 if args.number is None else args.number, args.seed or 0
     if not 1 <= args.number <= 10_000_000 or not 0 <= args.seed < 2 ** 63:
         raise UserError(f"--number {args.number} and --seed {args.seed}: expected from 1 to 10000000 pictures, and a seed from 0 on.")
@@ -390,11 +393,11 @@ def main():
         samples = open_pictures(args.samples)
         size = samples.size
     else:
-        vae, transformer, info = load_checkpoint(args.checkpoint)
+        vae, transformer, info = drr.load_checkpoint(args.checkpoint)
         size = vae.size
         c = sampling_values(info.sample, args.overrides, transformer.positions)
     held = read_npz(args.reference) if Path(args.reference).suffix == ".npz" else {}
-    about = json.loads(str(held["about"])) if "about" in held else {}
+    about = read_about(args.reference, held)
     reference = None
     if "mu" not in held:
         reference = in_array(args.reference, held["arr_0"]) if "arr_0" in held else open_pictures(
@@ -425,12 +428,14 @@ def main():
         if args.compile:
             fast.speed_up(model, c)
         values = " ".join(f"{k}={v}" for k, v in vars(c).items())
-        content = [drr.fingerprint(vae), drr.fingerprint(transformer), values, chosen, args.seed, str(dtype), *["compiled"] * args.compile]
+        content = [drr.fingerprint(vae), drr.fingerprint(transformer), values, chosen, args.seed, str(dtype),
+                   *["compiled"] * args.compile]
         folder = Path(args.out or f"samples/{hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]}")
         claim(folder, content)
         parts = draw_samples(model, chosen, args.number, args.seed, c, folder, device)
         labels = np.array([chosen[i % len(chosen)] for i in range(args.number)])
-        name = f"{args.number} samples of {args.checkpoint}, seed {args.seed}, {str(dtype)[6:]}{', compiled' * args.compile}, {len(chosen)} classes, {values}"
+        name = (f"{args.number} samples of {args.checkpoint}, seed {args.seed}, {str(dtype)[6:]}{', compiled' * args.compile}, "
+                f"{len(chosen)} classes, {values}")
         samples = in_parts(parts, args.number, [info.classes[k] for k in labels] if info.transformer.cond == "class" else None, name)
         if rank == 0:
             print(f"the pictures are in {folder}", file=sys.stderr)
@@ -458,7 +463,7 @@ def main():
     if real is not None and few > 3:
         results[f"precision{kind}"], results[f"recall{kind}"] = precision_recall(real.to(device), fake.to(device))
     if logits is not None:
-        results[f"Inception Score{kind}"], results["its deviation over 10 parts"] = inception_score(logits)
+        results[f"Inception Score{kind}"], results["its deviation over parts of them"] = inception_score(logits)
     names = "top-1 accuracy", "top-5 accuracy", "top-1 among the classes"
     for what, scores, labels in (("", logits, samples.labels), ("of the reference: ", reference and real_logits,
                                                                reference and reference.labels)):
@@ -474,6 +479,17 @@ def main():
     if args.json:
         with replacing(args.json) as temporary:
             temporary.write_text(json.dumps({"protocol": protocol, "results": results}, indent=1) + "\n")
+
+
+def read_about(path, held):
+    """What an .npz says of itself: the table that --save-reference wrote, empty where there is none."""
+    try:
+        about = json.loads(str(held.get("about", "{}")))
+        if isinstance(about, dict):
+            return about
+    except ValueError:
+        pass
+    raise UserError(f"{path} holds an `about` that evaluate.py did not write; make the reference again with --save-reference.")
 
 
 def claim(folder, about):

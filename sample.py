@@ -61,7 +61,9 @@ def parse_arguments():
     add("overrides", nargs="*", metavar="key=value", help="sampling values in the place of the checkpoint's")
     add("--compile", action="store_true", help="torch.compile, and CUDA graphs on a GPU: slow for a minute, faster from then on")
     add_device_arguments(parser, fp8=True)
-    return parser.parse_intermixed_args()
+    args = parser.parse_intermixed_args()
+    args.given = {key for key, value in vars(args).items() if value not in (parser.get_default(key), [])}
+    return args
 
 
 # === From the command line to class indices, settings and regions ===================================================
@@ -103,7 +105,7 @@ def load_model(args, device, dtype):
     checkpoint's info, and the device."""
     folder = args.checkpoint or BUNDLED
     if args.backend == "torch":
-        vae, transformer, info = load_checkpoint(folder)
+        vae, transformer, info = drr.load_checkpoint(folder)
         return fast.torch_model(vae, transformer, device, dtype), info, device
     if args.compile or args.precision == "fp8":
         raise UserError(f"--compile and --precision fp8 are for --backend torch; leave them out with {args.backend}.")
@@ -114,7 +116,7 @@ def load_model(args, device, dtype):
         device = torch.device("cpu")
     model, info = backends.load(args.backend, args.exported, device)
     if args.checkpoint:                                           # named beside an export, it must be what was exported
-        vae, transformer, _ = load_checkpoint(folder)
+        vae, transformer, _ = drr.load_checkpoint(folder)
         if model.checkpoint != {"vae": drr.fingerprint(vae), "transformer": drr.fingerprint(transformer)}:
             raise UserError(f"{args.exported} was exported from another checkpoint than {folder}; leave --checkpoint out, or "
                             f"export it with python export.py --checkpoint {folder}.")
@@ -122,13 +124,6 @@ def load_model(args, device, dtype):
         raise UserError(f"{args.exported} was exported in {model.precision}; leave --precision out, or export with "
                         f"--precision {args.precision}.")
     return model, info, device
-
-
-def load_checkpoint(folder):
-    if not Path(folder).is_dir():
-        raise UserError(f"The checkpoint folder {folder} does not exist; give --checkpoint a folder with "
-                        "vae.safetensors and transformer.safetensors, for example runs/PRESET.")
-    return drr.load_checkpoint(folder)
 
 
 def settings(args, info, positions):
@@ -221,8 +216,7 @@ def main():
     args = parse_arguments()
     device, dtype = pick_device(args)
     if args.reconstruct:
-        used = {k for k, v in vars(args).items() if v not in (None, False, 0, [])}
-        if used - {"reconstruct", "out", "checkpoint", "device", "precision", "backend", "exported"} or args.backend != "torch":
+        if args.given - {"reconstruct", "out", "checkpoint", "device"}:
             raise UserError("--reconstruct goes with --out, --checkpoint and --device only; leave the other options out.")
         vae, _ = drr.load_vae(Path(args.checkpoint or BUNDLED) / "vae.safetensors")
         original = data.to_float(data.crop(data.open_image(args.reconstruct), vae.size)[None], device)

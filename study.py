@@ -22,9 +22,9 @@ import bench
 import data
 import drr
 import evaluate
-from common import BUNDLED, add_device_arguments, grid, load_config, pick_device, run, sampling_values, save_picture, to_pixels
+from common import (BUNDLED, add_device_arguments, grid, load_config, pick_device, run, sampling_values, save_picture, synchronize,
+                    to_pixels)
 from drr import UserError, replacing
-from estimate import synchronize
 
 BASE = "imagenet-821m", ["sample.t_draft=8"]         # the paper's values, with a shorter draft
 RUNS = {                                             # name: what differs from BASE
@@ -41,6 +41,12 @@ RUNS = {                                             # name: what differs from B
     "cool": "draft_temperature=0.8 revise_temperature=0.5", "cool, guided": "draft_temperature=0.8 revise_temperature=0.5 "
     "draft_guidance=1.5 revise_guidance=2",
     "Top-C-50% 64": "t_draft=64 draft_pool=0.5", "Sobol 64": "t_draft=64 order=sobol", "Top-C 64": "t_draft=64 draft_pool=0",
+    "preset cool": "draft_temperature=0.8 revise_temperature=0.5 draft_guidance=1.5 revise_guidance=2 rounds=3",
+    "preset 1.5": "t_revise=8 draft_guidance=1.5 revise_guidance=2 rounds=3",
+    "preset 2": "t_revise=8 draft_guidance=2 revise_guidance=2 rounds=3",
+    "preset 2.5": "t_revise=8 draft_guidance=2.5 revise_guidance=2.5 rounds=3",
+    "preset 3": "t_revise=8 draft_guidance=3 revise_guidance=3 rounds=3",
+    "preset 2, T 4": "t_revise=4 draft_guidance=2 revise_guidance=2 rounds=3",
 }
 TABLES = {                                           # title: rows (label, run, revisions), the first one to compare with
     "Length of the draft, before and after two revisions":
@@ -61,6 +67,10 @@ TABLES = {                                           # title: rows (label, run, 
     "Choosy revisions and temperatures, T_draft 8, M = 2": [("paper", "draft 8", 2), ("keep the more likely", "better", 2),
         ("least likely half", "least likely half", 2), ("least likely half, T_revise 1", "least likely half, T 1", 2),
         ("temperatures 0.8 and 0.5", "cool", 2), ("those, guidance 1.5 and 2", "cool, guided", 2)],
+    "Values for the bundled checkpoint, T_draft 8": [("temperatures 0.8 and 0.5, guidance 1.5 and 2, T_revise 2, M = 3", "preset cool", 3)]
+        + [(f"1 and 0.8, {g}, T_revise {t}, M = {m}", name, m) for g, t, name, m in (
+            ("1.5 and 2", 8, "preset 1.5", 3), ("2 and 2", 4, "preset 2, T 4", 3), ("2 and 2", 8, "preset 2", 1), ("2 and 2", 8, "preset 2", 2),
+            ("2 and 2", 8, "preset 2", 3), ("2.5 and 2.5", 8, "preset 2.5", 3), ("3 and 3", 8, "preset 3", 2), ("3 and 3", 8, "preset 3", 3))],
 }
 METRICS = ("FID-like", "precision", "recall", "accuracy")
 
@@ -241,7 +251,7 @@ def infill_to(out, model, directory, info, device):
     """`infill` of up to 400 images of DIR/val: writes OUT/infill.png and returns the section of tables.md."""
     images, labels = data.validation_images(directory, model.size, 400, info.classes)
     if images is None:
-        raise UserError(f"{directory} has no val/<class>/* with classes of this checkpoint.")
+        raise UserError(f"{directory} has no val/<class>/*; give a folder that has.")
     lines, pictures = infill(model, images, labels, sampling_values(info.sample, ["t_draft=16"], model.positions), device)
     save_picture(grid(to_pixels(pictures.flatten(0, 1)), pictures.shape[1], max(1, 96 // model.size)), out / "infill.png")
     return ("### In-filling of half of the stacks\n\n"

@@ -1,6 +1,6 @@
 """Stage 2: trains the Contextual RQ-Transformer on the codes of a trained RQ-VAE.
 
-    python train_transformer.py smoke --data DIR              # after train_vae.py smoke; ten seconds
+    python train_transformer.py smoke --data DIR              # after train_vae.py smoke
     python train_transformer.py tiny-imagenet-32 --data DIR   # reads runs/tiny-imagenet-32/vae.safetensors
     python sample.py --checkpoint runs/tiny-imagenet-32 --class 980
 """
@@ -17,25 +17,36 @@ from tqdm import tqdm
 import data
 import drr
 import training
-from common import grid, load_config, run, save_picture, to_pixels
+from common import autocast, grid, load_config, run, save_picture, to_pixels
 from drr import UserError
 
 
 def training_noise(seed, step, batch_size, positions, depth):
     """What is random in a step besides the choice of images, for the whole batch: the numbers for `random_mask` (B, 1 + N),
     one for the dropping of each condition (B,), and those of stochastic codes (B, N, D)."""
-    rng = np.random.default_rng([seed, step, 2])
+    rng = np.random.default_rng([seed, step, 2])               # another stream than that of data.Views.draw
     uniforms = torch.from_numpy(rng.random((batch_size, 2 + positions), np.float32))
     return uniforms[:, 1:], uniforms[:, 0], torch.from_numpy(rng.random((batch_size, positions, depth), np.float32))
 
 
-def sample_grid(vae, transformer, classes, config, device, dtype, seed=0):
-    """16 pictures of classes spread over all, the same seeds every time."""
+def sample_grid(vae, transformer, conditions, config, device, dtype, seed=0):
+    """16 pictures of conditions spread over all of them, the same seeds every time."""
     model = drr.TorchModel(*copy.deepcopy((vae, transformer)), device, dtype)       # it converts what it is given
-    cond = torch.linspace(0, classes - 1, 16, device=device).long()[:, None].expand(-1, transformer.cond_length)
+    cond = torch.linspace(0, conditions - 1, 16, device=device).long()[:, None].expand(-1, transformer.cond_length)
     noise = drr.draw_noise(seed, range(16), 1 + config.sample.rounds, transformer.positions, transformer.depth)
     *_, last = drr.draft_and_revise(model, cond, noise, config.sample)
     return grid(to_pixels(model.decode(last.codes)), 4, max(1, 128 // vae.size))
+
+
+@torch.no_grad()
+def validation_loss(transformer, codes, mask, cond, dtype):
+    """Mean cross-entropy in nats over the hidden stacks of codes (B, N, D), all depths."""
+    total = weight = 0.0
+    for part in zip(codes.split(128), mask.split(128), cond.split(128)):
+        with autocast(codes.device, dtype):
+            total += drr.masked_loss(transformer, *part)[0].mean().item() * part[1].sum().item()
+        weight += part[1].sum().item()
+    return total / weight
 
 
 def main():
@@ -43,7 +54,7 @@ def main():
     parser = training.arguments(__doc__)
     parser.add_argument("--vae", metavar="FILE", help="the trained RQ-VAE (OUT/vae.safetensors)")
     args = parser.parse_intermixed_args()
-    config = load_config(args.preset, args.overrides)
+    config = load_config(args.preset, args.overrides, ("data", "transformer", "sample"))
     c, out = config.transformer, Path(args.out or f"runs/{args.preset}")
     device, dtype = training.join_ranks(args)
     rank, world = drr.ranks()
@@ -76,8 +87,8 @@ def main():
         val = torch.cat([data.encode(vae, data.to_float(x, device), dtype) for x in val.split(128)])
 
     # --- model -------------------------------------------------------------------------------------------------------
-    n = drr.conditions(c, classes)
-    transformer = drr.ContextualRQTransformer(c, n, N, D, vae.quantizer.codebook.cpu())
+    conditions = drr.conditions(c, classes)
+    transformer = drr.ContextualRQTransformer(c, conditions, N, D, vae.quantizer.codebook.cpu())
     transformer.recompute = c.recompute
     if args.init:
         drr.fill(transformer, drr.read_model(args.init)[0], args.init)
@@ -96,19 +107,18 @@ def main():
     start = states.begin(args)
     forward = torch.compile(transformer) if c.compile else transformer
     forward = forward if c.shard else training.parallel(forward, device)
-    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
     def backward(codes, mask, cond, z, weight):
         """Forward and backward of one micro-batch, which has `weight` of the step's hidden stacks: they all count the same.
         Returns its part (2, D) of the step's loss and accuracy by depth."""
         soft = vae.quantizer.soft_codes(z[mask], codes[mask], c.code_temperature) if c.soft_labels else None    # (P, D, K)
-        with autocast:
+        with autocast(device, dtype):
             loss, accuracy = forward(codes, mask, cond, soft)
         (loss.mean() * weight * world).backward()              # the gradients are averaged over the ranks, hence `world`
         return torch.stack([loss.detach(), accuracy]) * weight
 
     def encode(images):
-        with torch.no_grad(), autocast:
+        with torch.no_grad(), autocast(device, dtype):
             return vae.encode_latent(images).float()           # z (B, N, n_z)
 
     def to_cond(labels):
@@ -133,7 +143,7 @@ def main():
     for step in bar:
         mask_noise, drop_noise, code_noise = training_noise(config.data.seed, step, c.batch_size, N, D)
         mask = drr.random_mask(mask_noise)                     # of the whole batch, as the noise is; then this rank's part
-        hidden, mask = mask.sum(), mask[own].to(device)
+        n_hidden, mask = mask.sum(), mask[own].to(device)
         if online:
             pictures, labels, _ = next(images)
             z = torch.cat([encode(data.to_float(x, device)) for x in pictures.chunk(count)])
@@ -150,7 +160,7 @@ def main():
         result = 0
         for i, part in enumerate(zip(codes.chunk(count), mask.chunk(count), cond.chunk(count), z)):
             training.synchronize_gradients([forward], i == count - 1)
-            result = result + backward(*part, part[1].sum() / hidden)
+            result = result + backward(*part, part[1].sum() / n_hidden)
         norm = training.full(nn.utils.clip_grad_norm_(transformer.parameters(), c.grad_clip or float("inf")))
         stopping, broken = training.on_any_rank(stop.received, not torch.isfinite(norm + result.sum()), device=device)
         if broken:
@@ -164,58 +174,47 @@ def main():
             torch._foreach_lerp_(list(ema.parameters()), list(transformer.parameters()), 1 - decay)
 
         # --- log, look, save -----------------------------------------------------------------------------------------
-        step, seen, last = step + 1, seen + c.batch_size, step + 1 == c.steps
-        look = step % c.picture_every == 0 or last
-        save = step % c.save_every == 0 or last or stopping
+        done, seen, last = step + 1, seen + c.batch_size, step + 1 == c.steps
+        look = done % c.picture_every == 0 or last
+        save = done % c.save_every == 0 or last or stopping
         result_ema = whole_ema() if look or save else None     # on rank 0
-        if look or step % c.log_every == 0:
+        if look or done % c.log_every == 0:
             rate, clock, seen = seen / (time.time() - clock), time.time(), 0
             loss, accuracy = training.total(result).tolist()
             everyones = training.everyones(codes.flatten(0, 1))
             usage, perplexity = (v.tolist() for v in drr.codebook_usage(everyones, config.vae.codebook_size))
             by_depth = {"loss": loss, "accuracy": accuracy, "usage": usage, "perplexity": perplexity}
-            row = {"step": step, "loss": sum(loss) / D, "grad_norm": norm.item(), "lr": opt.param_groups[0]["lr"],
+            row = {"step": done, "loss": sum(loss) / D, "grad_norm": norm.item(), "lr": opt.param_groups[0]["lr"],
                    "images_per_s": rate, "tokens_per_s": rate * N * D, "mfu": cost.mfu(rate / c.batch_size), "val_loss": "",
                    **{f"{name}_{d + 1}": v for name, values in by_depth.items() for d, v in enumerate(values)}}
             if look and rank == 0:
                 result_ema.to(device)
                 if val is not None:
                     noise = training_noise(config.data.seed, 0, len(val), N, D)[0]                     # always the same
-                    mask = drr.random_mask(noise).to(device)
-                    row["val_loss"] = validation_loss(result_ema, val, mask, to_cond(val_labels), dtype)
-                save_picture(sample_grid(vae, result_ema, n, config, device, dtype), out / f"samples_{step:06d}.png")
+                    val_mask = drr.random_mask(noise).to(device)
+                    row["val_loss"] = validation_loss(result_ema, val, val_mask, to_cond(val_labels), dtype)
+                save_picture(sample_grid(vae, result_ema, conditions, config, device, dtype), out / f"samples_{done:06d}.png")
                 result_ema.to("cpu" if c.shard else device)
             log.write(row)
             bar.set_postfix_str(f"loss {row['loss']:.3f} {rate:.0f} img/s")
-            tqdm.write(f"step {step} loss {row['loss']:.3f} by depth {' '.join(f'{v:.2f}' for v in loss)} "
+            tqdm.write(f"step {done} loss {row['loss']:.3f} by depth {' '.join(f'{v:.2f}' for v in loss)} "
                        f"accuracy {' '.join(f'{v:.3f}' for v in accuracy)} grad {row['grad_norm']:.2f} "
                        f"{rate:.0f} img/s {row['tokens_per_s']:,.0f} tokens/s MFU {row['mfu']:.0%}"
                        + (f" val_loss {row['val_loss']:.4f}" if row["val_loss"] != "" else ""))
         if save:
-            states.save(step)
+            states.save(done)
             if rank == 0 and (last or not stopping):
                 drr.save_transformer(out / "transformer.safetensors", result_ema, config, classes, titles, vae)
         if look:
             log.draw()
             clock, seen = time.time(), 0                       # the speed is that of training
         if stopping and not last:
-            stop.leave(step)
+            stop.leave(done)
     if start >= c.steps:       # nothing was left to train: write the result again, with today's sampling defaults
         result_ema = whole_ema()
         if rank == 0:
             drr.save_transformer(out / "transformer.safetensors", result_ema, config, classes, titles, vae)
     print(f"wrote {out / 'transformer.safetensors'}")
-
-
-@torch.no_grad()
-def validation_loss(transformer, codes, mask, cond, dtype):
-    """Mean cross-entropy in nats over the hidden stacks of codes (B, N, D), all depths."""
-    total = weight = 0.0
-    for part in zip(codes.split(128), mask.split(128), cond.split(128)):
-        with torch.autocast(codes.device.type, dtype, enabled=dtype != torch.float32):
-            total += drr.masked_loss(transformer, *part)[0].mean().item() * part[1].sum().item()
-        weight += part[1].sum().item()
-    return total / weight
 
 
 if __name__ == "__main__":

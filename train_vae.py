@@ -1,6 +1,6 @@
 """Stage 1: trains the RQ-VAE that turns images into stacks of codes.
 
-    python train_vae.py smoke --data DIR                      # any folder of images; ten seconds
+    python train_vae.py smoke --data DIR                      # any folder of images; to see that it works
     python train_vae.py tiny-imagenet-32 --data DIR           # writes runs/tiny-imagenet-32/vae.safetensors
     python train_vae.py imagenet-256 --official FILE.pt       # takes over the published weights instead of training
 """
@@ -16,7 +16,7 @@ from tqdm import tqdm
 import data
 import drr
 import training
-from common import efficientnet_lite0, grid, load_config, run, save_picture, to_pixels
+from common import autocast, efficientnet_lite0, grid, load_config, run, save_picture, to_pixels
 from drr import UserError
 
 
@@ -109,17 +109,19 @@ def main():
     parser = training.arguments(__doc__)
     parser.add_argument("--official", metavar="FILE", help="convert the published RQ-VAE weights; no training")
     args = parser.parse_intermixed_args()
-    config = load_config(args.preset, args.overrides)
+    config = load_config(args.preset, args.overrides, ("data", "vae"))
     c, out = config.vae, Path(args.out or f"runs/{args.preset}")
     device, dtype = training.join_ranks(args)
     rank, world = drr.ranks()
     if args.official:
+        if args.init or args.resume:
+            raise UserError("--official converts weights and trains nothing; leave --init and --resume out.")
         drr.save_vae(out / "vae.safetensors", drr.load_official_rqvae(args.official, c), config)
         return print(f"wrote {out / 'vae.safetensors'}")
     if not args.data:
         raise UserError("Training needs --data DIR, a folder with DIR/train/<class>/*.jpg or with images.")
     if c.compile and device.type == "cpu":
-        raise UserError("vae.compile is for a GPU: on a CPU the compiled RQ-VAE had wrong gradients in bf16 (torch 2.13).")
+        raise UserError("vae.compile is for a GPU: on a CPU the compiled RQ-VAE had wrong gradients in bf16 (torch 2.13); leave it out.")
     own, count = training.micro_batches("vae", c)
     distance = perceptual_loss(c.perceptual, device) if c.perceptual_weight else None
     torch.manual_seed(config.data.seed)                        # the initial weights; nothing else draws from it
@@ -131,7 +133,10 @@ def main():
     if config.data.in_memory:
         views.load(device)
     val, _ = data.validation_images(args.data, c.resolution, 512, classes, out / "shards")
-    val = data.to_float(views[0][0][:512] if val is None else val, device)     # without DIR/val: some training images
+    if val is None:
+        val = views[0][0]
+        print(f"{args.data} has no val: val_psnr is that of {len(val)} pictures of the training")
+    val = data.to_float(val, device)
     views.own = own
 
     # --- model -------------------------------------------------------------------------------------------------------
@@ -150,19 +155,18 @@ def main():
         torch._functorch.config.donated_buffer = False         # adaptive_weight goes through the graph twice
     forward = training.parallel(torch.compile(vae) if c.compile else vae, device)
     hinge_loss = training.parallel(HingeLoss(disc), device) if disc else None
-    autocast = torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext()
 
     def backward(images, quantized, adversarial):
         """Forward and backward of one micro-batch: adds its part to the gradients of the step's mean loss. Returns the
         TERMS, and which vectors (P * D, n_z) were quantized into which codes (P, D)."""
         x = data.to_float(images, device)
-        with autocast:
+        with autocast(device, dtype):
             recon, commitment, z, codes = forward(x, quantized)
         recon = recon.float()
         error = (recon - x).abs().mean() if c.loss == "l1" else (recon - x).square().mean()
         perceptual = gan = d_loss = real = fake = weight = torch.zeros((), device=device)
         if distance:
-            with autocast if c.perceptual == "efficientnet" else nullcontext():
+            with autocast(device, dtype) if c.perceptual == "efficientnet" else nullcontext():
                 perceptual = distance(recon, x).mean()
         loss = error + c.perceptual_weight * perceptual + c.commitment_weight * quantized * commitment
         if adversarial:
@@ -175,7 +179,7 @@ def main():
         if adversarial:
             d_loss, real, fake = hinge_loss(x, recon.detach())
             (d_loss / count).backward()
-        terms = torch.stack([loss, error, commitment, perceptual, gan, d_loss, real, fake, weight]).detach()
+        terms = torch.stack([loss, error, commitment, perceptual, gan, d_loss, real, fake, weight]).detach()     # TERMS, in order
         return terms, vae.quantizer.residuals(z, codes).flatten(0, -2), codes.flatten(0, -2)
 
     # --- what it will take: one micro-batch is tried -------------------------------------------------------------------
@@ -222,12 +226,12 @@ def main():
         vae.quantizer.update_codebook(torch.cat(vectors), codes.flatten(), generator if c.restart else None)
 
         # --- log, look, save -----------------------------------------------------------------------------------------
-        step, seen, last = step + 1, seen + c.batch_size, step + 1 == c.steps
-        look = step % c.picture_every == 0 or last
-        if look or step % c.log_every == 0:
+        done, seen, last = step + 1, seen + c.batch_size, step + 1 == c.steps
+        look = done % c.picture_every == 0 or last
+        if look or done % c.log_every == 0:
             rate, clock, seen = seen / (time.time() - clock), time.time(), 0
             usage, perplexity = (v.tolist() for v in drr.codebook_usage(training.everyones(codes), c.codebook_size))
-            row = {"step": step, **dict(zip(TERMS, (training.total(terms) / world).tolist())),
+            row = {"step": done, **dict(zip(TERMS, (training.total(terms) / world).tolist())),
                    "grad_norm": norm.item(), "disc_grad_norm": disc_norm.item(), "lr": opt.param_groups[0]["lr"],
                    "images_per_s": rate, "mfu": "" if disc and not adversarial else cost.mfu(rate / c.batch_size),
                    "unreadable": training.total(torch.tensor(unreadable, device=device)).item(),
@@ -237,26 +241,26 @@ def main():
             if look and rank == 0:
                 vae.eval()
                 save_picture(grid(to_pixels(drr.reconstructions(vae, val[:8])), 1 + c.depth, max(1, 64 // c.resolution)),
-                             out / f"vae_{step:06d}.png")
+                             out / f"vae_{done:06d}.png")
                 row["val_psnr"] = psnr(vae, val)
                 vae.train()
             log.write(row)
             bar.set_postfix_str(f"loss {row['loss']:.4f} {rate:.0f} img/s")
             balance = f"disc {row['disc']:.3f} ({row['logits_real']:+.2f} {row['logits_fake']:+.2f})" if adversarial else ""
             tqdm.write(" ".join(filter(None, (
-                f"step {step} loss {row['loss']:.4f} {c.loss} {row['reconstruction']:.4f} commit {row['commitment']:.4f}",
+                f"step {done} loss {row['loss']:.4f} {c.loss} {row['reconstruction']:.4f} commit {row['commitment']:.4f}",
                 f"usage {' '.join(f'{u:.2f}' for u in usage)} perplexity {' '.join(f'{p:.0f}' for p in perplexity)}",
                 balance, f"grad {row['grad_norm']:.3f} {rate:.0f} img/s", row["mfu"] != "" and f"MFU {row['mfu']:.0%}",
                 f"psnr {row['val_psnr']:.2f} dB" if row["val_psnr"] != "" else ""))))
-        if step % c.save_every == 0 or last or stopping:
-            states.save(step)
+        if done % c.save_every == 0 or last or stopping:
+            states.save(done)
             if rank == 0 and (last or not stopping):
                 drr.save_vae(out / "vae.safetensors", vae, config)
         if look:
             log.draw()
             clock, seen = time.time(), 0                       # the speed is that of training
         if stopping and not last:
-            stop.leave(step)
+            stop.leave(done)
     if start >= c.steps and rank == 0:       # nothing was left to train
         drr.save_vae(out / "vae.safetensors", vae, config)
     print(f"wrote {out / 'vae.safetensors'}")

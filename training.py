@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 import drr
 import estimate
-from common import add_device_arguments, pick_device
+from common import add_device_arguments, matrix_rate, pick_device, synchronize
 from drr import UserError, ranks, replacing
 
 
@@ -166,10 +166,10 @@ def measure(backward, count, parts, device, dtype):
     with torch.compiler.set_stance("force_eager"), torch.autograd.set_multithreading_enabled(False), counter, memory:
         backward()
     backward()                                                 # compiles, where it is to be compiled
-    estimate.synchronize(device)
+    synchronize(device)
     start = time.perf_counter()
     backward()
-    estimate.synchronize(device)
+    synchronize(device)
     seconds = time.perf_counter() - start
     optimizers = [part for part in parts.values() if isinstance(part, torch.optim.Optimizer)]
     # Adam's moments come with the first step, if they have not been loaded; gradients are there now.
@@ -181,7 +181,7 @@ def measure(backward, count, parts, device, dtype):
         peak += memory.peak + sum(nbytes(t) for module in modules for t in (*module.parameters(), *module.buffers()))
     for opt in optimizers:
         opt.zero_grad(set_to_none=True)
-    return Cost(counter.get_total_flops() * count, peak, seconds * count, estimate.matrix_rate(device, dtype, 0.3))
+    return Cost(counter.get_total_flops() * count, peak, seconds * count, matrix_rate(device, dtype, 0.3))
 
 
 def nbytes(tensor):

@@ -3,9 +3,11 @@ import math
 import re
 
 import pytest
+import torch
 import yaml
 from conftest import REPO
 
+import common
 import drr
 from common import load_config
 from training import learning_rate
@@ -135,6 +137,12 @@ def test_an_unknown_key_or_section_names_the_nearest(text, nearest):
         load_config("smoke", [text])
 
 
+def test_an_override_of_what_a_script_does_not_read_is_refused():
+    assert load_config("smoke", ["vae.lr=1"], ("data", "vae")).vae.lr == 1
+    with pytest.raises(drr.UserError, match="transformer.lr=1.*data, vae"):
+        load_config("smoke", ["transformer.lr=1"], ("data", "vae"))
+
+
 def test_an_unknown_preset_lists_the_known_ones():
     with pytest.raises(drr.UserError, match="tiny-imagenet-32"):
         load_config("smok")
@@ -165,6 +173,21 @@ def test_a_value_that_no_run_could_use_is_the_users_mistake(text):
     """Division by zero, an empty model or codes that do not fit into the cache's uint16 would come much later."""
     with pytest.raises(drr.UserError):
         load_config("smoke", [text])
+
+
+# === Errors =========================================================================================================
+def test_full_memory_and_an_interruption_are_no_tracebacks(capsys):
+    def fill():
+        torch.empty(2 ** 60, dtype=torch.uint8)              # torch says so with a RuntimeError
+
+    def interrupt():
+        raise KeyboardInterrupt
+
+    for main, status in ((fill, 2), (interrupt, 130)):
+        with pytest.raises(SystemExit) as stopped:
+            common.run(main)
+        assert stopped.value.code == status
+    assert capsys.readouterr().err.startswith("error: The memory is full")
 
 
 # === Learning rate ==================================================================================================

@@ -87,9 +87,10 @@ def test_titles_come_from_classes_tsv_or_else_from_the_folder(tmp_path):
     assert data.class_titles(tmp_path, ["n01", "n02"]) == ["n01", "n02"]
     (tmp_path / "classes.tsv").write_text("index\twnid\tname\n0\tn02\tgreat white shark\n")
     assert data.class_titles(tmp_path, ["n01", "n02"]) == ["n01", "great white shark"]
-    (tmp_path / "classes.tsv").write_text("a\tb\nn01\tx\n")
-    with pytest.raises(drr.UserError, match="wnid"):
-        data.class_titles(tmp_path, ["n01"])
+    for text in ("a\tb\nn01\tx\n", "", "wnid\tname\nn01\n", "wnid\tname\nn01\tcaf\xe9\n"):                  # the last in Latin-1
+        (tmp_path / "classes.tsv").write_bytes(text.encode("latin-1"))
+        with pytest.raises(drr.UserError, match="wnid"):
+            data.class_titles(tmp_path, ["n01"])
 
 
 def test_the_fingerprint_is_that_of_names_and_sizes(tmp_path):
@@ -338,8 +339,8 @@ def test_a_batch_holds_the_views_that_were_drawn_half_of_them_mirrored():
     index, flips = views.draw(5)
     images, labels, _ = views[5]
     for image, label, i, flip in zip(images, labels, index, flips):
-        path = views.files[views.file[i]]
-        expected = data.crop(data.open_image(path), 16, views.view[i], data.file_seed(path, 0))
+        path = views.files[views.file_of[i]]
+        expected = data.crop(data.open_image(path), 16, views.crop_of[i], data.file_seed(path, 0))
         assert torch.equal(image, expected.flip(-1) if flip else expected)
         assert label == views.labels[i]
     share = np.mean([views.draw(step)[1] for step in range(500)])
@@ -376,7 +377,7 @@ def test_rare_classes_get_more_crops():
     views = counted([1, 3, 50], views=2, class_views=10)
     assert np.bincount(views.labels).tolist() == [10, 3 * 4, 50 * 2]           # ceil(10 / 1), ceil(10 / 3), at least 2
     for i in range(54):
-        crops = views.view[views.file == i]
+        crops = views.crop_of[views.file_of == i]
         assert len(crops) and crops.tolist() == list(range(len(crops)))
 
 
@@ -424,7 +425,7 @@ def test_broken_files_are_dropped_from_memory_and_reported(partly_broken, capsys
     views = make_views(partly_broken, load=True, views=2)
     assert "skipped 1 of 6 files" in capsys.readouterr().out
     assert len(views) == 10 == len(views.images)
-    assert broken_file(views) not in views.file
+    assert broken_file(views) not in views.file_of
     np.testing.assert_allclose(class_shares(views), [0.4, 0.6])                # two files against three
 
 
@@ -447,7 +448,7 @@ def test_stand_ins_are_the_same_however_the_batch_is_shared(partly_broken):
     for step in range(6):
         views.own = np.arange(8)
         images, labels, bad = views[step]
-        assert bad == np.isin(views.file[views.draw(step)[0]], broken).sum()   # pictures, not attempts
+        assert bad == np.isin(views.file_of[views.draw(step)[0]], broken).sum()   # pictures, not attempts
         parts = []
         for views.own in np.split(np.arange(8), [3, 4]):
             parts.append(views[step])
@@ -465,13 +466,23 @@ def test_a_folder_of_broken_files_is_the_users_mistake(tmp_path, in_memory):
         make_views(tmp_path, load=in_memory)[0]
 
 
+def test_validation_pictures_that_are_all_broken_are_said(tmp_path):
+    (tmp_path / "val" / "n1").mkdir(parents=True)
+    (tmp_path / "val" / "n1" / "1.png").write_bytes(b"broken")
+    with pytest.raises(drr.UserError, match="can be read"):
+        data.validation_images(tmp_path, 16, 10, ["n1"])
+
+
 def test_validation_images_are_central_crops_of_known_classes():
     images, labels = data.validation_images(PHOTOS, 16, 10, ["n09332890", "n11939491"])
     assert labels.tolist() == [0, 1]
     for image, path in zip(images, sorted((PHOTOS / "val").rglob("*.JPEG"))):
         assert torch.equal(image, data.crop(data.open_image(path), 16))
     assert data.validation_images(PHOTOS, 16, 1, ["n11939491"])[1].tolist() == [0]
-    assert data.validation_images(PHOTOS, 16, 10, ["another"]) == (None, None)
+    images, labels = data.validation_images(PHOTOS, 16, 10, [""])                  # a training without classes
+    assert len(images) == len(labels) > 0 and not labels.any()
+    with pytest.raises(drr.UserError, match="none of the training's classes .another, ....* but n09332890"):
+        data.validation_images(PHOTOS, 16, 10, ["another"])
     assert data.validation_images(PHOTOS / "train", 16, 10, ["n11939491"]) == (None, None)
 
 
@@ -566,7 +577,7 @@ def work(rank, world, store, kill_at, *jobs):
         encoded.clear()
         views = make_views(pictures, size=32, views=2)
         codes = cached(views, small_vae(), directory)
-        result.append((sum(encoded), views.file.tolist(), codes.shape[1]))
+        result.append((sum(encoded), views.file_of.tolist(), codes.shape[1]))
     print("RESULT" + json.dumps(result))
 
 
@@ -625,5 +636,5 @@ def test_two_ranks_write_the_cache_of_one_and_end_what_one_began(interrupted, pa
         views = make_views(source, size=32, views=2)
         alone = cached(views, vae, tmp_path / f"alone{number}")
         assert np.array_equal(np.load(next(p for p in directory.glob("codes-*.npy") if "views" not in p.name)), alone)
-        assert all(result[number][1:] == [views.file.tolist(), len(alone[0])] for result in results)
+        assert all(result[number][1:] == [views.file_of.tolist(), len(alone[0])] for result in results)
     assert "skipped 1 of 6 files" in outputs[0][0] and "skipped" not in outputs[1][0]

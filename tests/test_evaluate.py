@@ -236,6 +236,8 @@ def test_too_few_pictures_are_named(net, call, tmp_path):
     (["--reference", "a", "revise_temperature=1e-30"], ["revise_temperature", "0.01"]),
     (["--reference", "large", "--samples", "large", "--features", "fixed.pt2"], ["fixed.pt2", "40, 40"]),
     (["--reference", "a", "--samples", "a", "--reconstructions"], ["exclude"]),
+    (["--reference", "a", "--samples", "a", "--checkpoint", "b"], ["--samples", "--checkpoint"]),
+    (["--reference", "foreign.npz", "--samples", "a"], ["foreign.npz", "about"]),
     (["--reference", "nan.npz", "--reconstructions"], ["statistics"]),
     (["--reference", "a", "--number", "0"], ["--number"]),
     (["--reference", "a", "nonsense=1"], ["nonsense"]), (["--reference", "a", "t_draft=many"], ["t_draft"]),
@@ -261,6 +263,7 @@ def mistakes(tmp_path_factory):
     Image.new("RGB", (33, 33)).save(folder / "mixed" / "z.png")
     (folder / "bad.npz").write_bytes(b"nothing"), (folder / "text.pt").write_text("text")
     np.savez(folder / "other.npz", x=np.zeros(3))
+    np.savez(folder / "foreign.npz", mu=np.zeros(6), sigma=np.eye(6), about="a lakeside")
     np.savez(folder / "nan.npz", mu=np.full(6, np.nan), sigma=np.eye(6))
     np.savez(folder / "seven.npz", mu=np.zeros(7), sigma=np.eye(7))
     np.savez(folder / "float.npz", arr_0=np.zeros((4, 32, 32, 3)))

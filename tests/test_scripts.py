@@ -368,7 +368,7 @@ REPAINT = "--class 2 --num 1 --image photo.png"
     ("--class 2 --image text.png --region 0,0,8,8", "text.png"),
     ("--class 2 --image missing.png --region 0,0,8,8", "missing.png"),
     ("--reconstruct missing.png", "missing.png"), ("--reconstruct text.png", "text.png"),
-    ("--reconstruct photo.png --class 2", "--reconstruct"),
+    ("--reconstruct photo.png --class 2", "--reconstruct"), ("--reconstruct photo.png --m 0", "--reconstruct"),
     ("--class 2 --checkpoint nowhere", "nowhere"), ("--class 2 --checkpoint empty", "vae.safetensors"),
     ("--class 2 --checkpoint halved", "transformer.safetensors"),
     ("--class 2 --checkpoint truncated", "transformer.safetensors"),
@@ -396,7 +396,7 @@ def test_sample_refuses(call, trained, mistakes, arguments, expected):
     ("smoke --data empty", "empty"), ("smoke --data nowhere", "nowhere"), ("smoke --data broken", "broken"),
     ("smoke --data", "--data"),
     ("smoke --resume", "resume"), ("smoke --out file", "file"), ("smoke --official nowhere.pt", "nowhere.pt"),
-    ("smoke --official file.pt", "file.pt"),
+    ("smoke --official file.pt", "file.pt"), ("smoke --official file.pt --init file.pt", "--init"),
     pytest.param("smoke --device cuda", "cuda", marks=NO_GPU),
     pytest.param("smoke vae.perceptual_weight=1", "lpips", marks=NO_LPIPS)])
 def test_train_vae_refuses(call, tmp_path, arguments, expected):
