@@ -88,7 +88,7 @@ def load(backend, directory, device, engines=None):
 
 # === The model: what TorchModel does, by graphs =====================================================================
 class ExportedModel:
-    """Has the functions and sizes of drr.TorchModel. `graphs` maps each name in GRAPHS to a callable from torch tensors
+    """Has what drr.TorchModel's docstring lists. `graphs` maps each name in GRAPHS to a callable from torch tensors
     to a list of torch tensors."""
 
     def __init__(self, graphs, manifest, device):

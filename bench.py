@@ -76,7 +76,8 @@ def reset_peak(device):
 
 
 def peak_memory(device):
-    """MiB: on a GPU what PyTorch has taken of it; on Linux the most that the process held since `reset_peak`, elsewhere since it began."""
+    """MiB: on a GPU what PyTorch has taken of it; on Linux the most that the process held since `reset_peak`, elsewhere since
+    it began."""
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device) / 2 ** 20      # with what captured graphs keep for themselves
     status = Path("/proc/self/status")
@@ -117,7 +118,8 @@ def prepare(model, mode, batch, c, device):
     cond = torch.zeros(batch, transformer.cond_length, dtype=torch.int64, device=device)
     if mode == "plain":
         if vars(c) != vars(sampling_values(c, PAPERS, model.positions)):
-            raise UserError(f"Mode plain knows the paper's strategy only; leave the others out, or plain. Its values are {' '.join(PAPERS)}.")
+            raise UserError("Mode plain knows the paper's strategy only; leave the others out, or plain. Its values are "
+                            f"{' '.join(PAPERS)}.")
         sys.path.append(str(HERE / "tests"))
         from plain import plain_decode
         return lambda model=model: model.decode(plain_decode(transformer, cond, noise, c)), c
@@ -221,7 +223,8 @@ def train_table(args, device, dtype):
     with tqdm(total=2 * (1 + args.repeat), unit="step") as bar:
         rows = [(stage, *train_row(stage, config, device, dtype, args.repeat, bar)) for stage in ("vae", "transformer")]
     print(f"{args.train}, eager; {describe(device)}; {precision} products {rate / 1e9:,.0f} GFLOP/s")
-    print("| stage | precision | images at a time | s per step | images/s | GFLOP per image | share of the products | peak MiB |\n" + "|---" * 8 + "|")
+    print("| stage | precision | images at a time | s per step | images/s | GFLOP per image | share of the products | peak MiB |\n"
+          + "|---" * 8 + "|")
     for stage, batch, seconds, flops, memory in rows:
         print(f"| {stage} | {precision} | {batch} | {seconds:.3f} | {batch / seconds:.1f} | {flops / batch / 1e9:.1f} | "
               f"{flops / seconds / rate:.0%} | {memory:,.0f} |")
@@ -252,7 +255,8 @@ def main():
     idle = [f"--{name.replace('_', '-')}" for name in ("batch", "t_draft", "mode") if args.train and getattr(args, name)]
     idle += [text for text in args.overrides if text.startswith(("t_draft=", "batch_size=")) and not args.train]
     if idle:
-        raise UserError(f"{idle[0]} does not apply here; {'leave it out with --train' if args.train else 'use --t-draft and --batch'}.")
+        instead = "leave it out with --train" if args.train else "use --t-draft and --batch"
+        raise UserError(f"{idle[0]} does not apply here; {instead}.")
     if args.repeat < 1:
         raise UserError(f"--repeat is {args.repeat}; expected a number from 1.")
     args.batch, args.t_draft = args.batch or [1, 16], args.t_draft or [8, 64]
@@ -269,7 +273,8 @@ def main():
             raise UserError("Training knows no fp8; use --precision bf16 or fp32 with --train.")
         return train_table(args, device, dtype)
     checkpoint = random_checkpoint(args.preset) if args.preset else drr.load_checkpoint(args.checkpoint or BUNDLED)
-    decode_table(args, f"{args.preset}, random weights" if args.preset else Path(args.checkpoint or BUNDLED).name, checkpoint, device, dtype)
+    name = f"{args.preset}, random weights" if args.preset else Path(args.checkpoint or BUNDLED).name
+    decode_table(args, name, checkpoint, device, dtype)
 
 
 if __name__ == "__main__":

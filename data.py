@@ -275,8 +275,9 @@ def file_seed(path, seed):
 class Views(torch.utils.data.Dataset):
     """The views of a data set and the probability with which each is drawn. `c` is the section `data`.
 
-    len() counts the views; item t, for any t >= 0, is the batch of step t: uint8 images (B, 3, S, S), labels (B,), and how many of them stand in for a file that
-    could not be read. A process that is one of several has only the positions `own` of the batch, all by default.
+    len() counts the views; item t, for any t >= 0, is the batch of step t: uint8 images (B, 3, S, S), labels (B,), and how
+    many of them stand in for a file that could not be read. A process that is one of several has only the positions `own`
+    of the batch, all by default.
     """
 
     def __init__(self, files, labels, classes, size, batch_size, c):
@@ -286,8 +287,8 @@ class Views(torch.utils.data.Dataset):
             raise UserError(f"data.favour is {c.favour}, but of which class? Give data.favour_class its folder.")
         if c.favour_class:
             if c.favour_class not in classes:
-                raise UserError(f"data.favour_class is {c.favour_class!r}; the data has no class folder of that name, only for example "
-                                f"{', '.join(classes[:3])}.")
+                raise UserError(f"data.favour_class is {c.favour_class!r}; the data has no class folder of that name, but for "
+                                f"example {', '.join(classes[:3])}.")
             self.favours[classes.index(c.favour_class)] = c.favour
         self.seed, self.balance, self.flip, self.workers = c.seed, c.balance, c.flip, c.workers
         per_class = np.bincount(labels)                                       # n_c, files of each class
@@ -413,8 +414,8 @@ def validation_images(directory, size, count, classes, index=None):
     number = {name: 0 if classes == [""] else classes.index(name) for name in names if name in classes or classes == [""]}
     known = [i for i in range(len(files)) if names[labels[i]] in number]
     if not known:
-        raise UserError(f"{directory}/val has none of the training's classes ({', '.join(classes[:3])}, ...) but {', '.join(names[:3])}; "
-                        "rename its folders or move it away.")
+        raise UserError(f"{directory}/val has none of the training's classes ({', '.join(classes[:3])}, ...) but "
+                        f"{', '.join(names[:3])}; rename its folders or move it away.")
     pictures, found = [], []
     for i in (known[i] for i in np.linspace(0, len(known) - 1, min(count, len(known))).astype(int)):
         with contextlib.suppress(UserError):                  # a damaged file is not fatal here either

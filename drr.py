@@ -414,7 +414,8 @@ class ContextualRQTransformer(nn.Module):
     def __init__(self, c, conditions, positions, depth, codebook):
         super().__init__()
         if c.d_model % c.head_dim:
-            raise UserError(f"transformer.d_model {c.d_model} is no multiple of transformer.head_dim {c.head_dim}; change one of them.")
+            raise UserError(f"transformer.d_model {c.d_model} is no multiple of transformer.head_dim {c.head_dim}; change one of "
+                            "them.")
         d, (K, n_z) = c.d_model, codebook.shape
         self.depth, self.positions, self.heads, self.head_dim = depth, positions, d // c.head_dim, c.head_dim
         self.cond_length = c.text_length if c.cond == "text" else 1

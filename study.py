@@ -47,6 +47,8 @@ RUNS = {                                             # name: what differs from B
     "preset 2.5": "t_revise=8 draft_guidance=2.5 revise_guidance=2.5 rounds=3",
     "preset 3": "t_revise=8 draft_guidance=3 revise_guidance=3 rounds=3",
     "preset 2, T 4": "t_revise=4 draft_guidance=2 revise_guidance=2 rounds=3",
+    "preset 2, top-p": "t_revise=8 draft_guidance=2 revise_guidance=2 rounds=3 top_p=0.9",
+    "preset 3, top-p": "t_revise=8 draft_guidance=3 revise_guidance=3 rounds=3 top_p=0.9",
 }
 TABLES = {                                           # title: rows (label, run, revisions), the first one to compare with
     "Length of the draft, before and after two revisions":
@@ -67,10 +69,14 @@ TABLES = {                                           # title: rows (label, run, 
     "Choosy revisions and temperatures, T_draft 8, M = 2": [("paper", "draft 8", 2), ("keep the more likely", "better", 2),
         ("least likely half", "least likely half", 2), ("least likely half, T_revise 1", "least likely half, T 1", 2),
         ("temperatures 0.8 and 0.5", "cool", 2), ("those, guidance 1.5 and 2", "cool, guided", 2)],
-    "Values for the bundled checkpoint, T_draft 8": [("temperatures 0.8 and 0.5, guidance 1.5 and 2, T_revise 2, M = 3", "preset cool", 3)]
-        + [(f"1 and 0.8, {g}, T_revise {t}, M = {m}", name, m) for g, t, name, m in (
-            ("1.5 and 2", 8, "preset 1.5", 3), ("2 and 2", 4, "preset 2, T 4", 3), ("2 and 2", 8, "preset 2", 1), ("2 and 2", 8, "preset 2", 2),
-            ("2 and 2", 8, "preset 2", 3), ("2.5 and 2.5", 8, "preset 2.5", 3), ("3 and 3", 8, "preset 3", 2), ("3 and 3", 8, "preset 3", 3))],
+    "Values for the bundled checkpoint, T_draft 8": [
+        ("temperatures 0.8 and 0.5, guidance 1.5 and 2, T_revise 2, M = 3", "preset cool", 3),
+        *((f"1 and 0.8, {guidance}, T_revise {t}, M = {m}", name, m) for guidance, t, name, m in (
+            ("1.5 and 2", 8, "preset 1.5", 3), ("2 and 2", 4, "preset 2, T 4", 3), ("2 and 2", 8, "preset 2", 1),
+            ("2 and 2", 8, "preset 2", 2), ("2 and 2", 8, "preset 2", 3), ("2.5 and 2.5", 8, "preset 2.5", 3),
+            ("3 and 3", 8, "preset 3", 2), ("3 and 3", 8, "preset 3", 3), ("2 and 2, top-p 0.9", 8, "preset 2, top-p", 2),
+            ("2 and 2, top-p 0.9", 8, "preset 2, top-p", 3), ("3 and 3, top-p 0.9", 8, "preset 3, top-p", 2),
+            ("3 and 3, top-p 0.9", 8, "preset 3, top-p", 3)))],
 }
 METRICS = ("FID-like", "precision", "recall", "accuracy")
 

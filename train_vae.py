@@ -121,7 +121,8 @@ def main():
     if not args.data:
         raise UserError("Training needs --data DIR, a folder with DIR/train/<class>/*.jpg or with images.")
     if c.compile and device.type == "cpu":
-        raise UserError("vae.compile is for a GPU: on a CPU the compiled RQ-VAE had wrong gradients in bf16 (torch 2.13); leave it out.")
+        raise UserError("vae.compile is for a GPU: on a CPU the compiled RQ-VAE had wrong gradients in bf16 (torch 2.13); leave it "
+                        "out.")
     own, count = training.micro_batches("vae", c)
     distance = perceptual_loss(c.perceptual, device) if c.perceptual_weight else None
     torch.manual_seed(config.data.seed)                        # the initial weights; nothing else draws from it
