@@ -49,6 +49,7 @@ RUNS = {                                             # name: what differs from B
     "preset 2, T 4": "t_revise=4 draft_guidance=2 revise_guidance=2 rounds=3",
     "preset 2, top-p": "t_revise=8 draft_guidance=2 revise_guidance=2 rounds=3 top_p=0.9",
     "preset 3, top-p": "t_revise=8 draft_guidance=3 revise_guidance=3 rounds=3 top_p=0.9",
+    "preset mild": "t_revise=8 draft_guidance=1.5 revise_guidance=2 revise_temperature=0.6 rounds=3 top_p=0.9",
 }
 TABLES = {                                           # title: rows (label, run, revisions), the first one to compare with
     "Length of the draft, before and after two revisions":
@@ -76,7 +77,8 @@ TABLES = {                                           # title: rows (label, run, 
             ("2 and 2", 8, "preset 2", 2), ("2 and 2", 8, "preset 2", 3), ("2.5 and 2.5", 8, "preset 2.5", 3),
             ("3 and 3", 8, "preset 3", 2), ("3 and 3", 8, "preset 3", 3), ("2 and 2, top-p 0.9", 8, "preset 2, top-p", 2),
             ("2 and 2, top-p 0.9", 8, "preset 2, top-p", 3), ("3 and 3, top-p 0.9", 8, "preset 3, top-p", 2),
-            ("3 and 3, top-p 0.9", 8, "preset 3, top-p", 3)))],
+            ("3 and 3, top-p 0.9", 8, "preset 3, top-p", 3))),
+        *((f"1 and 0.6, 1.5 and 2, top-p 0.9, T_revise 8, M = {m}", "preset mild", m) for m in (1, 2, 3))],
 }
 METRICS = ("FID-like", "precision", "recall", "accuracy")
 
