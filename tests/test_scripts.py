@@ -100,7 +100,7 @@ def test_training_lowers_the_losses(trained):
 def test_checkpoint_carries_its_configuration_and_classes(trained):
     _, transformer, info = drr.load_checkpoint(trained)
     assert info.titles == ["beacon", "lakeside", "volcano", "daisy"] and info.classes[2] == "n09472597"
-    assert (info.vae.codebook_size, info.transformer.d_model, info.sample.t_draft) == (64, 64, 64)
+    assert (info.vae.codebook_size, info.transformer.d_model, info.sample.t_draft) == (64, 64, 32)
     assert transformer.null == 4
 
 
@@ -394,7 +394,7 @@ def test_sample_refuses(call, trained, mistakes, arguments, expected):
     ("smok", "smoke"), ("smoke vae.codebok_size=9", "vae.codebook_size"), ("smoke vae.lr=nan", "vae.lr"),
     ("smoke vae.micro_batch=3", "micro_batch"), ("smoke vae.log_every=0", "log_every"), ("smoke vae.ch=33", "vae.ch"),
     ("smoke --data empty", "empty"), ("smoke --data nowhere", "nowhere"), ("smoke --data broken", "broken"),
-    ("smoke --data", "--data"),
+    ("smoke --data", "vae.steps=1 does not exist"),
     ("smoke --resume", "resume"), ("smoke --out file", "file"), ("smoke --official nowhere.pt", "nowhere.pt"),
     ("smoke --official file.pt", "file.pt"), ("smoke --official file.pt --init file.pt", "--init"),
     pytest.param("smoke --device cuda", "cuda", marks=NO_GPU),
