@@ -483,12 +483,11 @@ def main():
 
 def read_about(path, held):
     """What an .npz says of itself: the table that --save-reference wrote, empty where there is none."""
-    try:
+    about = None
+    with contextlib.suppress(ValueError):
         about = json.loads(str(held.get("about", "{}")))
-        if isinstance(about, dict):
-            return about
-    except ValueError:
-        pass
+    if isinstance(about, dict):
+        return about
     raise UserError(f"{path} holds an `about` that evaluate.py did not write; make the reference again with --save-reference.")
 
 
