@@ -11,8 +11,8 @@ import pytest
 import torch
 from conftest import TESTS
 from PIL import Image
-from test_scripts import execute
-from test_scripts import run as run_script
+from processes import execute
+from processes import run as run_script
 from test_training import torchrun
 
 import common

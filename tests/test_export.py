@@ -15,7 +15,7 @@ import backends
 import drr
 import export
 import sample
-from test_scripts import execute
+from processes import execute
 
 CPU = torch.device("cpu")
 CLASSES = ["n01", "n02", "n03"]

@@ -9,7 +9,7 @@ import torch
 from conftest import random_codes, sample_section, tiny_transformer
 from PIL import Image
 from plain import plain_decode
-from test_scripts import execute
+from processes import execute
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 

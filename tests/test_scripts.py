@@ -6,7 +6,6 @@ import os
 import pickle
 import runpy
 import shutil
-import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -15,6 +14,7 @@ import pytest
 import torch
 from conftest import REPO, TESTS
 from PIL import Image
+from processes import execute, run
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -23,21 +23,6 @@ import sample
 
 PHOTOS = TESTS / "photos"
 BUNDLED = REPO / "checkpoints" / "tiny-imagenet-32"
-ENVIRONMENT = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": str(REPO)}
-
-
-def execute(*arguments, cwd):
-    """Runs `python ARGUMENTS`, the first being a script of this repository or an option of Python's."""
-    first, *rest = map(str, arguments)
-    first = str(REPO / first) if first.endswith(".py") else first
-    return subprocess.run([sys.executable, first, *rest], cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True,
-                          timeout=300)
-
-
-def run(*arguments, cwd):
-    done = execute(*arguments, cwd=cwd)
-    assert done.returncode == 0, done.stderr
-    return done
 
 
 def pixels(path):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import TESTS
 from test_evaluate import net  # a fixture
-from test_scripts import execute, run
+from processes import execute, run
 
 import drr
 import study

@@ -16,6 +16,7 @@ import torch
 from conftest import REPO, TESTS
 from safetensors.torch import load_file
 
+import processes
 import train_transformer
 import train_vae
 import training
@@ -23,7 +24,7 @@ from drr import UserError
 
 PHOTOS = TESTS / "photos"
 SCRIPTS = {"vae": train_vae, "transformer": train_transformer}
-ENVIRONMENT = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
+ENVIRONMENT = {**processes.ENVIRONMENT, "OMP_NUM_THREADS": "1"}        # of several ranks
 SPEEDS = ("images_per_s", "tokens_per_s", "mfu")        # columns that are a matter of the machine
 
 
@@ -43,64 +44,16 @@ def assert_same(a, b, stage):
     assert one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
 
 
-# === A process for each run, forked from this one, which has torch in memory already ================================
-FORKED = """
-import os, runpy, sys
-sys.path.insert(0, {repo!r})
-import train_transformer, train_vae, torch, torch._dynamo, torch._subclasses.fake_tensor
-import matplotlib.backends.backend_agg, matplotlib.figure, matplotlib.font_manager
-torch.set_num_threads(1)
-for line in sys.stdin:                       # out <TAB> arguments; answers with the pid, the parent kills and waits
-    out, *arguments = line.rstrip("\\n").split("\\t")
-    pid = os.fork()
-    if pid == 0:
-        null = os.open(os.devnull, os.O_RDWR)
-        os.dup2(null, 0)
-        log = os.open(out, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(log, 1), os.dup2(log, 2)
-        sys.argv = arguments
-        runpy.run_path(arguments[0], run_name="__main__")
-        os._exit(0)
-    print(pid, flush=True)
-    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
-"""
-
-
-class Forker:
-    """start(script, arguments) begins a run; `wait` gives its exit status (-9 if it was killed) and what it printed."""
-
-    def __init__(self, folder):
-        self.log = folder / "output"
-        self.server = subprocess.Popen([sys.executable, "-c", FORKED.format(repo=str(REPO))], env=ENVIRONMENT, cwd=folder,
-                                       stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-
-    def start(self, stage, *arguments):
-        script = REPO / f"train_{stage}.py"
-        self.server.stdin.write("\t".join(map(str, (self.log, script, *arguments))) + "\n")
-        self.server.stdin.flush()
-        return int(self.server.stdout.readline())
-
-    def wait(self):
-        return SimpleNamespace(returncode=int(self.server.stdout.readline()), output=self.log.read_text())
-
-    def run(self, stage, *arguments):
-        self.start(stage, *arguments)
-        return self.wait()
+# === A short run of either stage ====================================================================================
+def train(stage, *arguments):
+    return processes.execute(f"train_{stage}.py", *arguments, cwd=REPO)
 
 
 @pytest.fixture(scope="module")
-def forker(tmp_path_factory):
-    forker = Forker(tmp_path_factory.mktemp("forked"))
-    yield forker
-    forker.server.stdin.close()
-    forker.server.wait()
-
-
-@pytest.fixture(scope="module")
-def smoke_vae(forker, tmp_path_factory):
+def smoke_vae(tmp_path_factory):
     """A trained RQ-VAE for the second stage."""
     folder = tmp_path_factory.mktemp("smoke")
-    done = forker.run("vae", "smoke", "--data", PHOTOS, "--out", folder, "--precision", "fp32", "vae.steps=10", "vae.warmup=1",
+    done = train("vae", "smoke", "--data", PHOTOS, "--out", folder, "--precision", "fp32", "vae.steps=10", "vae.warmup=1",
                       "vae.disc_weight=0")
     assert done.returncode == 0, done.output
     return folder / "vae.safetensors"
@@ -131,13 +84,13 @@ def refused(done, *expected):
 
 # === Killed, and gone on ============================================================================================
 @pytest.mark.parametrize("stage", SCRIPTS)
-def test_a_run_killed_ten_times_at_random_is_the_uninterrupted_run(forker, arguments, tmp_path, stage):
+def test_a_run_killed_ten_times_at_random_is_the_uninterrupted_run(arguments, tmp_path, stage):
     """SIGKILL at random moments, ten of them for each stage; also between two files, or in the middle of one."""
     seed = time.time_ns()
     moment = random.Random(seed)
     print("seed", seed)                                        # shown if it fails
     start = time.time()
-    finished(forker.run(stage, *arguments(stage, tmp_path / "whole")))
+    finished(train(stage, *arguments(stage, tmp_path / "whole")))
     whole = time.time() - start
     kills = survived = resumed = 0
     while kills < 10:
@@ -145,12 +98,12 @@ def test_a_run_killed_ten_times_at_random_is_the_uninterrupted_run(forker, argum
         while True:
             resume = ["--resume"] if list(out.glob(f"{stage}_state_*.pt")) else []
             resumed += len(resume)
-            pid = forker.start(stage, *arguments(stage, out, *resume))
+            pid = processes.start(f"train_{stage}.py", *arguments(stage, out, *resume), cwd=REPO)
             if kills < 10:
                 time.sleep(moment.uniform(0.2, 1) * whole)
                 with contextlib.suppress(ProcessLookupError):    # it had finished
                     os.kill(pid, signal.SIGKILL)
-            done = forker.wait()
+            done = processes.wait(pid)
             if done.returncode != -signal.SIGKILL:
                 break
             kills += 1
@@ -161,28 +114,28 @@ def test_a_run_killed_ten_times_at_random_is_the_uninterrupted_run(forker, argum
     assert resumed                                             # not every kill came before the first state
 
 
-def test_sigterm_saves_first_and_says_so(forker, arguments, tmp_path):
-    finished(forker.run("vae", *arguments("vae", tmp_path / "whole")))
-    pid = forker.start("vae", *arguments("vae", tmp_path / "parts", "vae.save_every=100"))
+def test_sigterm_saves_first_and_says_so(arguments, tmp_path):
+    finished(train("vae", *arguments("vae", tmp_path / "whole")))
+    pid = processes.start("train_vae.py", *arguments("vae", tmp_path / "parts", "vae.save_every=100"), cwd=REPO)
     while not (tmp_path / "parts" / "vae.csv").exists() or len(rows(tmp_path / "parts", "vae")) < 3:
         time.sleep(0.01)
     os.kill(pid, signal.SIGTERM)
-    done = forker.wait()
+    done = processes.wait(pid)
     assert done.returncode == 128 + signal.SIGTERM and "--resume" in done.output, done.output
     steps = len(rows(tmp_path / "parts", "vae"))
     assert 3 <= steps < 12 and [f.name for f in (tmp_path / "parts").glob("vae_state_*")] == [f"vae_state_{steps:09d}.pt"]
-    finished(forker.run("vae", *arguments("vae", tmp_path / "parts", "vae.save_every=100", "--resume")))
+    finished(train("vae", *arguments("vae", tmp_path / "parts", "vae.save_every=100", "--resume")))
     assert_same(tmp_path / "whole", tmp_path / "parts", "vae")
 
 
 # === Checkpoints: which are kept, which are believed ================================================================
 @pytest.fixture(scope="module")
-def runs(forker, smoke_vae, tmp_path_factory):
+def runs(smoke_vae, tmp_path_factory):
     """A run of six steps of either stage, with the states of steps 4 and 6; each test gets its own copy."""
     folder = tmp_path_factory.mktemp("runs")
     for stage in SCRIPTS:
         more = ["--vae", smoke_vae] if stage == "transformer" else []
-        finished(forker.run(stage, "smoke", "--data", PHOTOS, "--out", folder / stage, "--precision", "fp32", *more,
+        finished(train(stage, "smoke", "--data", PHOTOS, "--out", folder / stage, "--precision", "fp32", *more,
                             *(f"{stage}.{s}" for s in SHORT)))
     return folder
 
@@ -191,12 +144,12 @@ SHORT = ("steps=6", "warmup=3", "save_every=2", "log_every=1", "batch_size=8")
 
 
 @pytest.fixture
-def resume(runs, forker, smoke_vae, tmp_path):
+def resume(runs, smoke_vae, tmp_path):
     """resume(stage, ...) goes on with a copy of that run, whose folder is resume.out."""
     def call(stage, *more):
         vae = ["--vae", smoke_vae] if stage == "transformer" else []
         data = [] if "--data" in more else ["--data", PHOTOS]
-        return forker.run(stage, "smoke", *data, "--out", tmp_path / "run", "--precision", "fp32", "--resume", *vae,
+        return train(stage, "smoke", *data, "--out", tmp_path / "run", "--precision", "fp32", "--resume", *vae,
                           *(f"{stage}.{s}" for s in SHORT if s.split("=")[0] not in " ".join(map(str, more))), *more)
     shutil.copytree(runs / "vae", tmp_path / "run")
     shutil.copytree(runs / "transformer", tmp_path / "run", dirs_exist_ok=True)
@@ -235,11 +188,11 @@ def test_without_a_whole_state_nothing_begins(resume):
     refused(resume("vae"), "No training state", "without --resume")
 
 
-def test_a_fresh_start_does_not_replace_an_earlier_run_but_by_force(forker, resume, arguments):
+def test_a_fresh_start_does_not_replace_an_earlier_run_but_by_force(resume, arguments):
     before = {f.name: f.read_bytes() for f in resume.out.iterdir() if f.is_file()}
-    refused(forker.run("vae", *arguments("vae", resume.out, steps=2)), "up to step 6", "--resume", "--force")
+    refused(train("vae", *arguments("vae", resume.out, steps=2)), "up to step 6", "--resume", "--force")
     assert {f.name: f.read_bytes() for f in resume.out.iterdir() if f.is_file()} == before
-    finished(forker.run("vae", *arguments("vae", resume.out, "--force", steps=2)))
+    finished(train("vae", *arguments("vae", resume.out, "--force", steps=2)))
     assert [f.name for f in resume.out.glob("vae_state_*")] == ["vae_state_000000002.pt"]
 
 
@@ -367,10 +320,10 @@ def assert_follows(one, two, rel):
                 assert float(b[key]) == pytest.approx(float(a[key]), rel=rel, abs=1e-4), (a["step"], key)
 
 
-def test_stage_one_on_two_ranks_follows_the_run_on_one(forker, arguments, tmp_path):
+def test_stage_one_on_two_ranks_follows_the_run_on_one(arguments, tmp_path):
     """With the adversary, whose BatchNorm sees the same micro-batches; and the ranks hold the same weights to the bit."""
     settings = arguments("vae", "two", "vae.micro_batch=4", steps=6)
-    finished(forker.run("vae", *arguments("vae", tmp_path / "one", "vae.micro_batch=4", steps=6)))
+    finished(train("vae", *arguments("vae", tmp_path / "one", "vae.micro_batch=4", steps=6)))
     finished(torchrun(2, "train_vae.py", *settings, cwd=tmp_path, wrapper=EACH_RANK))
     assert_follows(rows(tmp_path / "one", "vae"), rows(tmp_path / "two", "vae"), rel=2e-3)
     ranks = [torch.load(tmp_path / f"rank{r}.pt", weights_only=True) for r in (0, 1)]
@@ -380,8 +333,8 @@ def test_stage_one_on_two_ranks_follows_the_run_on_one(forker, arguments, tmp_pa
 
 
 @pytest.mark.parametrize("shard", [False, True], ids=["ddp", "fsdp"])
-def test_stage_two_on_two_ranks_follows_the_run_on_one_and_resumes(forker, arguments, tmp_path, shard):
-    finished(forker.run("transformer", *arguments("transformer", tmp_path / "one", steps=6)))
+def test_stage_two_on_two_ranks_follows_the_run_on_one_and_resumes(arguments, tmp_path, shard):
+    finished(train("transformer", *arguments("transformer", tmp_path / "one", steps=6)))
     more = ["transformer.micro_batch=2", f"transformer.shard={shard}"]
     finished(torchrun(2, "train_transformer.py", *arguments("transformer", "two", *more, steps=4), "transformer.steps=6",
                       "transformer.save_every=4", "--force", cwd=tmp_path))
@@ -394,10 +347,10 @@ def test_stage_two_on_two_ranks_follows_the_run_on_one_and_resumes(forker, argum
 
 
 @pytest.mark.parametrize("stage", SCRIPTS)
-def test_accumulating_two_halves_is_one_step_of_the_whole_batch(forker, arguments, tmp_path, stage):
+def test_accumulating_two_halves_is_one_step_of_the_whole_batch(arguments, tmp_path, stage):
     for micro in (0, 4):
         more = ["vae.disc_weight=0"] if stage == "vae" else []
-        finished(forker.run(stage, *arguments(stage, tmp_path / str(micro), *more, f"{stage}.micro_batch={micro}", steps=4)))
+        finished(train(stage, *arguments(stage, tmp_path / str(micro), *more, f"{stage}.micro_batch={micro}", steps=4)))
     assert_follows(rows(tmp_path / "0", stage), rows(tmp_path / "4", stage), rel=2e-3)
 
 
@@ -431,8 +384,8 @@ def test_a_batch_that_the_ranks_cannot_share_is_refused(arguments, tmp_path, mon
         training.micro_batches("vae", SimpleNamespace(batch_size=24, micro_batch=4))
 
 
-def test_a_sharded_model_needs_several_processes(forker, arguments, tmp_path):
-    refused(forker.run("transformer", *arguments("transformer", tmp_path / "run", "transformer.shard=true")), "torchrun")
+def test_a_sharded_model_needs_several_processes(arguments, tmp_path):
+    refused(train("transformer", *arguments("transformer", tmp_path / "run", "transformer.shard=true")), "torchrun")
 
 
 def test_sigterm_stops_all_ranks_at_the_same_step(arguments, tmp_path):
@@ -445,54 +398,54 @@ def test_sigterm_stops_all_ranks_at_the_same_step(arguments, tmp_path):
 
 # === Options ========================================================================================================
 @pytest.mark.parametrize("option", ["soft_labels", "stochastic_codes"])
-def test_options_of_the_rq_transformer_train(forker, arguments, tmp_path, option):
-    finished(forker.run("transformer", *arguments("transformer", tmp_path / "plain", steps=2)))
-    finished(forker.run("transformer", *arguments("transformer", tmp_path / "run", f"transformer.{option}=true", steps=2)))
+def test_options_of_the_rq_transformer_train(arguments, tmp_path, option):
+    finished(train("transformer", *arguments("transformer", tmp_path / "plain", steps=2)))
+    finished(train("transformer", *arguments("transformer", tmp_path / "run", f"transformer.{option}=true", steps=2)))
     assert not (tmp_path / "run" / "codes").exists()
     plain, other = (rows(tmp_path / name, "transformer") for name in ("plain", "run"))
     assert plain[0]["loss"] != other[0]["loss"] and float(other[1]["loss"]) == pytest.approx(4.2, abs=0.3)    # ln 64
 
 
-def test_recomputation_changes_nothing(forker, arguments, tmp_path):
+def test_recomputation_changes_nothing(arguments, tmp_path):
     for recompute in (False, True):
-        finished(forker.run("transformer", *arguments("transformer", tmp_path / str(recompute), f"transformer.recompute={recompute}",
+        finished(train("transformer", *arguments("transformer", tmp_path / str(recompute), f"transformer.recompute={recompute}",
                                                       steps=3)))
     assert_same(tmp_path / "False", tmp_path / "True", "transformer")
 
 
-def test_a_plot_that_fails_does_not_stop_a_training(forker, arguments, tmp_path):
+def test_a_plot_that_fails_does_not_stop_a_training(arguments, tmp_path):
     pytest.importorskip("matplotlib", reason="matplotlib is not installed (requirements-train.txt)")
     (tmp_path / "vae.csv").write_text("")
-    done = finished(forker.run("transformer", *arguments("transformer", tmp_path, steps=2)))
+    done = finished(train("transformer", *arguments("transformer", tmp_path, steps=2)))
     assert "WARNING: plots.png was not drawn" in done.output
     (tmp_path / "vae.csv").unlink()
-    finished(forker.run("transformer", *arguments("transformer", tmp_path, "--force", steps=2)))
+    finished(train("transformer", *arguments("transformer", tmp_path, "--force", steps=2)))
     assert (tmp_path / "plots.png").exists()
 
 
-def test_init_starts_from_given_weights(forker, arguments, runs, tmp_path):
+def test_init_starts_from_given_weights(arguments, runs, tmp_path):
     """A learning rate of next to nothing shows them again."""
     for stage in SCRIPTS:
         given = runs / stage / f"{stage}.safetensors"
-        finished(forker.run(stage, *arguments(stage, tmp_path / stage, "--init", given, f"{stage}.lr=1e-12", steps=1)))
+        finished(train(stage, *arguments(stage, tmp_path / stage, "--init", given, f"{stage}.lr=1e-12", steps=1)))
         one, two = load_file(given), weights(tmp_path / stage, stage)
         assert all(torch.allclose(one[k].float(), two[k].float(), atol=1e-3) for k in one if "quantizer" not in k)
-    refused(forker.run("vae", *arguments("vae", tmp_path / "x", "--init", tmp_path / "nowhere")), "nowhere")
-    refused(forker.run("vae", *arguments("vae", runs / "vae", "--init", runs / "vae" / "vae.safetensors", "--resume")), "one of")
+    refused(train("vae", *arguments("vae", tmp_path / "x", "--init", tmp_path / "nowhere")), "nowhere")
+    refused(train("vae", *arguments("vae", runs / "vae", "--init", runs / "vae" / "vae.safetensors", "--resume")), "one of")
 
 
-def test_tensorboard_gets_what_the_csv_gets(forker, arguments, tmp_path):
+def test_tensorboard_gets_what_the_csv_gets(arguments, tmp_path):
     pytest.importorskip("tensorboard", reason="tensorboard is not installed (requirements-train.txt)")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    finished(forker.run("transformer", *arguments("transformer", tmp_path, "--tensorboard", steps=3)))
+    finished(train("transformer", *arguments("transformer", tmp_path, "--tensorboard", steps=3)))
     events = EventAccumulator(str(tmp_path / "tensorboard" / "transformer"))
     events.Reload()
     losses = [(e.step, e.value) for e in events.Scalars("loss")]
     assert losses == [(int(r["step"]), pytest.approx(float(r["loss"]))) for r in rows(tmp_path, "transformer")]
 
 
-def test_the_announcement_gives_steps_memory_and_time(forker, arguments, tmp_path):
-    done = finished(forker.run("transformer", *arguments("transformer", tmp_path, "transformer.micro_batch=4", steps=2)))
+def test_the_announcement_gives_steps_memory_and_time(arguments, tmp_path):
+    done = finished(train("transformer", *arguments("transformer", tmp_path, "transformer.micro_batch=4", steps=2)))
     line = next(line for line in done.output.splitlines() if line.startswith("transformer: "))
     assert re.search(r"2 steps of 8 images, on 1 x cpu float32 in 2 micro-batches of 4; about 0\.\d\d GB each; "
                      r"[\d.]+ TFLOP and [\d.e-]+ s a step, [\d:]+ in all", line), line

@@ -1,0 +1,85 @@
+"""Real runs of the real scripts, each in a process of its own.
+
+Such a process is forked from one that has torch in memory already: importing it takes longer than most of the runs.
+"""
+import atexit
+import functools
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+
+from conftest import REPO
+
+ENVIRONMENT = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": str(REPO)}
+SECONDS = 300               # after that a run hangs
+
+SERVER = """
+import json, os, runpy, sys
+import torch, torch._dynamo, torch._subclasses.fake_tensor
+import matplotlib.backends.backend_agg, matplotlib.figure, matplotlib.font_manager
+import train_transformer, train_vae
+for line in sys.stdin:                       # answers with the pid, then with the exit status
+    task = json.loads(line)
+    pid = os.fork()
+    if pid == 0:
+        os.dup2(os.open(os.devnull, os.O_RDWR), 0)
+        for number, path in ((1, task["out"]), (2, task["err"])):
+            os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+        os.chdir(task["cwd"])
+        sys.argv = task["arguments"]
+        runpy.run_path(sys.argv[0], run_name="__main__")
+        sys.exit()
+    print(pid, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+"""
+
+
+@functools.cache
+def server():
+    """The process to fork from, and a folder for what the runs print."""
+    folder = tempfile.TemporaryDirectory()
+    process = subprocess.Popen([sys.executable, "-c", SERVER], env=ENVIRONMENT, text=True, stdin=subprocess.PIPE,
+                               stdout=subprocess.PIPE)
+    atexit.register(process.communicate)     # closes its input: it ends
+    return process, folder
+
+
+def start(script, *arguments, cwd):
+    """Begins `python SCRIPT ARGUMENTS`, a script of this repository, and returns its process number; one at a time."""
+    process, folder = server()
+    out, err = (str(Path(folder.name, name)) for name in ("out", "err"))
+    arguments = [str(REPO / script), *map(str, arguments)]
+    print(json.dumps({"arguments": arguments, "cwd": str(cwd), "out": out, "err": err}), file=process.stdin, flush=True)
+    return int(process.stdout.readline())
+
+
+def wait(pid):
+    """The end of that run: returncode (-9 if it was killed), stdout, stderr, and both as `output`."""
+    process, folder = server()
+    timer = threading.Timer(SECONDS, os.kill, (pid, signal.SIGKILL))
+    timer.start()
+    returncode = int(process.stdout.readline())
+    timer.cancel()
+    out, err = (Path(folder.name, name).read_text() for name in ("out", "err"))
+    return SimpleNamespace(returncode=returncode, stdout=out, stderr=err, output=out + err)
+
+
+def execute(first, *arguments, cwd):
+    """Runs `python ARGUMENTS`, the first being a script of this repository or `-c`, which gets a Python without anything."""
+    if first != "-c":
+        return wait(start(first, *arguments, cwd=cwd))
+    return subprocess.run([sys.executable, first, *map(str, arguments)], cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True,
+                          timeout=SECONDS)
+
+
+def run(*arguments, cwd):
+    """The same for a run that must succeed."""
+    done = execute(*arguments, cwd=cwd)
+    assert done.returncode == 0, done.stderr
+    return done
