@@ -20,10 +20,11 @@ ENVIRONMENT = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": str(R
 SECONDS = 300               # after that a run hangs
 
 SERVER = """
-import json, os, runpy, sys
+import contextlib, json, os, runpy, sys
 import torch, torch._dynamo, torch._subclasses.fake_tensor
-import matplotlib.backends.backend_agg, matplotlib.figure, matplotlib.font_manager
 import train_transformer, train_vae
+with contextlib.suppress(ImportError):       # requirements-train.txt, which the scripts do without
+    import matplotlib.backends.backend_agg, matplotlib.figure, matplotlib.font_manager
 for line in sys.stdin:                       # answers with the pid, then with the exit status
     task = json.loads(line)
     pid = os.fork()

@@ -17,13 +17,11 @@ from conftest import REPO, TESTS
 from safetensors.torch import load_file
 
 import processes
-import train_transformer
-import train_vae
 import training
 from drr import UserError
 
 PHOTOS = TESTS / "photos"
-SCRIPTS = {"vae": train_vae, "transformer": train_transformer}
+STAGES = ("vae", "transformer")
 ENVIRONMENT = {**processes.ENVIRONMENT, "OMP_NUM_THREADS": "1"}        # of several ranks
 SPEEDS = ("images_per_s", "tokens_per_s", "mfu")        # columns that are a matter of the machine
 
@@ -49,13 +47,17 @@ def train(stage, *arguments):
     return processes.execute(f"train_{stage}.py", *arguments, cwd=REPO)
 
 
+def finished(done):
+    assert done.returncode == 0, done.output
+    return done
+
+
 @pytest.fixture(scope="module")
 def smoke_vae(tmp_path_factory):
     """A trained RQ-VAE for the second stage."""
     folder = tmp_path_factory.mktemp("smoke")
-    done = train("vae", "smoke", "--data", PHOTOS, "--out", folder, "--precision", "fp32", "vae.steps=10", "vae.warmup=1",
-                      "vae.disc_weight=0")
-    assert done.returncode == 0, done.output
+    finished(train("vae", "smoke", "--data", PHOTOS, "--out", folder, "--precision", "fp32", "vae.steps=10", "vae.warmup=1",
+                   "vae.disc_weight=0"))
     return folder / "vae.safetensors"
 
 
@@ -70,11 +72,6 @@ def arguments(smoke_vae):
     return make
 
 
-def finished(done):
-    assert done.returncode == 0, done.output
-    return done
-
-
 def refused(done, *expected):
     assert done.returncode == 2 and "Traceback" not in done.output, done.output
     error = [line for line in done.output.splitlines() if line.startswith("error: ")]
@@ -83,7 +80,7 @@ def refused(done, *expected):
 
 
 # === Killed, and gone on ============================================================================================
-@pytest.mark.parametrize("stage", SCRIPTS)
+@pytest.mark.parametrize("stage", STAGES)
 def test_a_run_killed_ten_times_at_random_is_the_uninterrupted_run(arguments, tmp_path, stage):
     """SIGKILL at random moments, ten of them for each stage; also between two files, or in the middle of one."""
     seed = time.time_ns()
@@ -133,10 +130,10 @@ def test_sigterm_saves_first_and_says_so(arguments, tmp_path):
 def runs(smoke_vae, tmp_path_factory):
     """A run of six steps of either stage, with the states of steps 4 and 6; each test gets its own copy."""
     folder = tmp_path_factory.mktemp("runs")
-    for stage in SCRIPTS:
+    for stage in STAGES:
         more = ["--vae", smoke_vae] if stage == "transformer" else []
         finished(train(stage, "smoke", "--data", PHOTOS, "--out", folder / stage, "--precision", "fp32", *more,
-                            *(f"{stage}.{s}" for s in SHORT)))
+                       *(f"{stage}.{s}" for s in SHORT)))
     return folder
 
 
@@ -150,7 +147,7 @@ def resume(runs, smoke_vae, tmp_path):
         vae = ["--vae", smoke_vae] if stage == "transformer" else []
         data = [] if "--data" in more else ["--data", PHOTOS]
         return train(stage, "smoke", *data, "--out", tmp_path / "run", "--precision", "fp32", "--resume", *vae,
-                          *(f"{stage}.{s}" for s in SHORT if s.split("=")[0] not in " ".join(map(str, more))), *more)
+                     *(f"{stage}.{s}" for s in SHORT if s.split("=")[0] not in " ".join(map(str, more))), *more)
     shutil.copytree(runs / "vae", tmp_path / "run")
     shutil.copytree(runs / "transformer", tmp_path / "run", dirs_exist_ok=True)
     call.out = tmp_path / "run"
@@ -158,7 +155,7 @@ def resume(runs, smoke_vae, tmp_path):
 
 
 def test_the_last_two_states_are_kept(runs):
-    for stage in SCRIPTS:
+    for stage in STAGES:
         assert sorted(f.name for f in (runs / stage).glob("*_state_*")) == [f"{stage}_state_{s:09d}.pt" for s in (4, 6)]
 
 
@@ -251,7 +248,7 @@ class Attack:
         return os.mkdir, ("executed",)
 
 
-@pytest.mark.parametrize("stage", SCRIPTS)
+@pytest.mark.parametrize("stage", STAGES)
 def test_a_full_disk_leaves_the_checkpoint_before_intact(runs, smoke_vae, tmp_path, stage):
     """The limit on the size of a file stands for the disk: the state of step 8 does not fit, nor does a part of it."""
     shutil.copytree(runs / stage, tmp_path / "run")
@@ -346,7 +343,7 @@ def test_stage_two_on_two_ranks_follows_the_run_on_one_and_resumes(arguments, tm
     assert max((one[k].float() - two[k].float()).abs().max() for k in one) < 5e-3
 
 
-@pytest.mark.parametrize("stage", SCRIPTS)
+@pytest.mark.parametrize("stage", STAGES)
 def test_accumulating_two_halves_is_one_step_of_the_whole_batch(arguments, tmp_path, stage):
     for micro in (0, 4):
         more = ["vae.disc_weight=0"] if stage == "vae" else []
@@ -409,7 +406,7 @@ def test_options_of_the_rq_transformer_train(arguments, tmp_path, option):
 def test_recomputation_changes_nothing(arguments, tmp_path):
     for recompute in (False, True):
         finished(train("transformer", *arguments("transformer", tmp_path / str(recompute), f"transformer.recompute={recompute}",
-                                                      steps=3)))
+                                                steps=3)))
     assert_same(tmp_path / "False", tmp_path / "True", "transformer")
 
 
@@ -425,7 +422,7 @@ def test_a_plot_that_fails_does_not_stop_a_training(arguments, tmp_path):
 
 def test_init_starts_from_given_weights(arguments, runs, tmp_path):
     """A learning rate of next to nothing shows them again."""
-    for stage in SCRIPTS:
+    for stage in STAGES:
         given = runs / stage / f"{stage}.safetensors"
         finished(train(stage, *arguments(stage, tmp_path / stage, "--init", given, f"{stage}.lr=1e-12", steps=1)))
         one, two = load_file(given), weights(tmp_path / stage, stage)
