@@ -252,9 +252,9 @@ def pick_device(args):
     if args.precision == "fp8" and (device.type == "mps" or device.type == "cuda" and torch.cuda.get_device_capability() < (8, 9)):
         raise UserError(f"--precision fp8 needs a GPU of compute capability 8.9 or more (Ada, Hopper), or a CPU, which emulates it; "
                         f"use bf16 on this {device.type}.")
-    if args.precision == "auto":
-        return device, torch.bfloat16 if bf16_pays(device) else torch.float32
-    return device, PRECISIONS[args.precision]
+    dtype = PRECISIONS.get(args.precision) or (torch.bfloat16 if bf16_pays(device) else torch.float32)
+    torch.backends.cudnn.allow_tf32 = dtype != torch.float32     # convolutions, in which float32 otherwise has 10 bits
+    return device, dtype
 
 
 def autocast(device, dtype):

@@ -507,6 +507,7 @@ def allocate(path, dtype, shape):
 
 @torch.inference_mode()
 def encode(vae, images, dtype):
-    """Codes (B, N, D) of images in [-1, 1], the convolutions in `dtype`."""
+    """Codes (B, N, D) of images in [-1, 1], the convolutions in `dtype`: the training's, so that bf16 gives some other codes than
+    float32, in which sampling encodes."""
     with autocast(images.device, dtype):
         return vae.encode(images)

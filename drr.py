@@ -115,12 +115,12 @@ class ResidualQuantizer(nn.Module):
             # take: rank r holds the vectors r P .. r P + P - 1, gives those of them that are picked, and the sum has all.
             P = len(vectors)
             source = torch.randint(world * P, (K,), generator=generator).to(vectors.device)
-            jitter = torch.rand(K, vectors.shape[1], generator=generator).to(vectors.device)
             candidates = vectors[source % P] * (source // P == rank)[:, None]       # (K, n_z)
             if world > 1:
                 dist.all_reduce(candidates)
-            # A batch smaller than the codebook would restart codes as twins: move them apart a little.
-            candidates += jitter * (0.01 / math.sqrt(vectors.shape[1]) * (world * P < K))
+            if world * P < K:                               # some vectors are drawn twice: move such twins apart a little
+                jitter = torch.rand(candidates.shape, generator=generator).to(vectors.device)
+                candidates += jitter * (0.01 / math.sqrt(vectors.shape[1]))
         if world > 1:
             for tensor in (count, total):
                 dist.all_reduce(tensor)
@@ -129,7 +129,7 @@ class ResidualQuantizer(nn.Module):
         if generator is not None:
             dead = self.cluster_size < 1
             self.cluster_size.masked_fill_(dead, 1)
-            self.embed_sum[dead] = candidates[dead]
+            self.embed_sum.copy_(torch.where(dead[:, None], candidates, self.embed_sum))
         n = self.cluster_size.sum()
         smoothed = n * (self.cluster_size + eps) / (n + K * eps)
         self.codebook.copy_(self.embed_sum / smoothed[:, None])
@@ -188,10 +188,11 @@ class ResBlock(nn.Module):
 def attention(q, k, v, causal=False):
     """softmax(q k^T / sqrt(c)) v for q, k, v (..., T, c); causal: a token sees itself and earlier ones.
 
-    Written out to train on a CPU, where PyTorch's fused kernel is slow backward (docs/speed.md), and for ONNX, which does not
-    have it.
+    Written out for ONNX, which has no fused kernel, and for training where PyTorch's is no good backward: on a CPU it is slow
+    (docs/speed.md), on a GPU it pads a stack's few tokens to 128.
     """
-    if q.is_cuda or not (torch.is_grad_enabled() or torch.compiler.is_exporting()):
+    written_out = torch.compiler.is_exporting() or torch.is_grad_enabled() and not (q.is_cuda and q.shape[-2] > 16)
+    if not written_out:
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
     scores = q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)                                      # (..., T, T)
     if causal:
@@ -496,8 +497,8 @@ def masked_loss(transformer, codes, mask, cond, targets=None):
     h = transformer.context(codes, mask, cond)
     stacks = codes[mask]                                                    # (P, D)
     logits = transformer.depth_logits(h[mask], stacks).float()              # (P, D, K)
-    wanted = stacks if targets is None else targets.transpose(1, 2)         # cross_entropy has the classes second
-    loss = F.cross_entropy(logits.transpose(1, 2), wanted, reduction="none").mean(0)
+    wanted = stacks if targets is None else targets
+    loss = F.cross_entropy(logits.flatten(0, 1), wanted.flatten(0, 1), reduction="none").view_as(stacks).mean(0)
     return loss, (logits.argmax(-1) == stacks).float().mean(0)
 
 
@@ -690,7 +691,7 @@ class TorchModel:
     """
 
     def __init__(self, vae, transformer, device, dtype):
-        # The RQ-VAE stays float32; on a CPU its convolutions are a fifth faster with the channels innermost.
+        # The RQ-VAE's weights stay float32; on a CPU its convolutions are a fifth faster with the channels innermost.
         self.vae = vae.to(device, memory_format=torch.channels_last).eval()
         self.half = device.type == "cuda" and dtype != torch.float32
         self.transformer = transformer.to(device, dtype).eval()

@@ -4,7 +4,7 @@
     python estimate.py imagenet-371m transformer.batch_size=512            # for this machine, whose rate is measured
     python estimate.py imagenet-371m --check --batch 2                     # one real step beside its estimate
 
-Without a preset the table has all that can be trained. The step that it measures is the trainers' own, but for the
+Without a preset the table has all that can be trained. The step that it measures is a copy of the trainers' own, without the
 optimizer's arithmetic and the moving averages, run on tensors that have a shape and no contents (FakeTensorMode).
 """
 import argparse
@@ -141,7 +141,7 @@ def like_cuda():
     autocast. Patched and not a mode, because no mode holds in the backward pass, where recomputation happens."""
     float32 = lambda function: lambda x, *values, **named: function(x.float(), *values, **named)
     explicit, flash = drr.attention, torch.ops.aten._scaled_dot_product_flash_attention
-    fused = lambda q, k, v, causal=False: flash(q, k, v, 0.0, causal)[0] if q.dim() == 4 else explicit(q, k, v, causal)
+    fused = lambda q, k, v, causal=False: flash(q, k, v, 0.0, causal)[0] if q.dim() == 4 and q.shape[-2] > 16 else explicit(q, k, v, causal)
     with (mock.patch.object(drr, "attention", fused), mock.patch.object(F, "layer_norm", float32(F.layer_norm)),
           mock.patch.object(F, "group_norm", float32(F.group_norm))):
         yield

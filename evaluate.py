@@ -385,7 +385,7 @@ def commit():
 def main():
     args = parse_arguments()
     device, dtype = training.join_ranks(args)
-    rank, _ = drr.ranks()
+    rank, world = drr.ranks()
 
     # --- what is measured, and against what --------------------------------------------------------------------------
     samples = None
@@ -420,7 +420,7 @@ def main():
     if args.reconstructions:
         model = fast.torch_model(vae, transformer, device, dtype)
         rebuild = lambda x: torch.from_numpy(to_pixels(model.decode(model.encode(data.to_float(x, device))))).permute(0, 3, 1, 2)
-        samples = reference._replace(name=f"their reconstructions by {args.checkpoint}",
+        samples = reference._replace(name=f"their reconstructions by {args.checkpoint}, {str(dtype)[6:]}",
                                      batches=lambda: (rebuild(x) for x in reference.batches()))
     elif samples is None:
         chosen = pick_classes(args, info, classes)
@@ -441,6 +441,8 @@ def main():
             print(f"the pictures are in {folder}", file=sys.stderr)
             if args.npz:
                 write_npz(args.npz, samples, labels)
+    if world > 1:
+        dist.destroy_process_group()                         # all together: NCCL's end waits for the others
     if rank > 0:
         return
 

@@ -4,7 +4,8 @@
     fast.speed_up(model, c)                       # c: the section `sample`; python sample.py --compile does this
     *_, last = drr.draft_and_revise(model, cond, noise, c)
 
-The sets of a partition have equal sizes, so that a whole decode has two shapes, one of the draft and one of the revisions.
+Where T_draft and T_revise divide the number of positions, the sets of a partition have equal sizes and a whole decode has two
+shapes, one of the draft and one of the revisions; otherwise two more.
 docs/speed.md says what each step brings.
 """
 import torch

@@ -92,14 +92,16 @@ def main():
     transformer.recompute = c.recompute
     if args.init:
         drr.fill(transformer, drr.read_model(args.init)[0], args.init)
-    ema = copy.deepcopy(transformer).requires_grad_(False).eval()                 # the result: a moving average
+    # DEVIATION: a moving average of the weights is the result; the paper does not say that it has one.
+    ema = copy.deepcopy(transformer).requires_grad_(False).eval()
     if c.shard:
         whole_ema = training.shard(transformer, ema)
     else:
         transformer.to(device), ema.to(device)
         whole_ema = lambda: ema
     matrices = [p for p in transformer.parameters() if p.dim() > 1]
-    vectors = [p for p in transformer.parameters() if p.dim() == 1]               # biases and gains do not decay
+    # DEVIATION: biases and gains do not decay; the paper names one weight decay for all.
+    vectors = [p for p in transformer.parameters() if p.dim() == 1]
     opt = torch.optim.AdamW([{"params": matrices, "weight_decay": c.weight_decay},
                              {"params": vectors, "weight_decay": 0.0}], lr=c.lr, betas=tuple(c.betas), fused=True)
     parts = {"transformer": transformer, "ema": ema, "opt": opt}
@@ -146,9 +148,9 @@ def main():
         n_hidden, mask = mask.sum(), mask[own].to(device)
         if online:
             pictures, labels, _ = next(images)
-            z = torch.cat([encode(data.to_float(x, device)) for x in pictures.chunk(count)])
-            temperature = c.code_temperature if c.stochastic_codes else 0.0
-            codes, z = vae.quantizer.quantize(z, temperature, code_noise[own].to(device))[0], z.chunk(count)
+            z = [encode(data.to_float(x, device)) for x in pictures.chunk(count)]
+            temperature, noise = c.code_temperature if c.stochastic_codes else 0.0, code_noise[own].to(device).chunk(count)
+            codes = torch.cat([vae.quantizer.quantize(part, temperature, u)[0] for part, u in zip(z, noise)])
         else:
             index, flips = (drawn[own] for drawn in views.draw(step))
             labels, z = torch.from_numpy(views.labels[index]), count * [None]

@@ -16,7 +16,8 @@ from types import SimpleNamespace
 
 from conftest import REPO
 
-ENVIRONMENT = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": str(REPO)}
+# On the CPU, where there is a GPU, too: what is compared to the bit, or said about the device, is the CPU's.
+ENVIRONMENT = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": str(REPO), "CUDA_VISIBLE_DEVICES": ""}
 SECONDS = 300               # after that a run hangs
 
 SERVER = """

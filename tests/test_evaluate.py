@@ -21,7 +21,7 @@ import evaluate
 
 NO_CLASSIFIER = importlib.util.find_spec("efficientnet_lite_pytorch") is None
 PHOTOS = TESTS / "photos" / "train"
-QUICK = ["t_draft=1", "rounds=0", "batch_size=8", "--precision", "fp32"]
+QUICK = ["t_draft=1", "rounds=0", "batch_size=8", "--precision", "fp32", "--device", "cpu"]
 
 
 class Net(torch.nn.Module):
