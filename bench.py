@@ -217,7 +217,7 @@ def train_row(stage, config, device, dtype, repeat, progress):
 
 
 def train_table(args, device, dtype):
-    config = load_config(args.train, args.overrides)
+    config = load_config(args.train, args.overrides, ("vae", "transformer"))
     precision = next(k for k, v in PRECISIONS.items() if v == dtype)
     rate = matrix_rate(device, dtype)
     with tqdm(total=2 * (1 + args.repeat), unit="step") as bar:

@@ -31,7 +31,7 @@ MAY_BE_0 = {"seed", "workers", "balance", "commitment_weight", "perceptual_weigh
             "cond_dropout", "weight_decay", "weights_ema", "ema_decay", "rounds", "top_k", "draft_guidance", "revise_guidance",
             "draft_pool"}
 AT_MOST = {"vae.codebook_size": 65536, "vae.ema_decay": 1, "transformer.weights_ema": 1, "transformer.cond_dropout": 1,
-           "data.balance": 1, "sample.top_p": 1, "sample.draft_pool": 1, "sample.revise_share": 1}
+           "data.balance": 1, "data.seed": 2 ** 42, "data.views": 10_000, "data.class_views": 10_000, "sample.top_p": 1, "sample.draft_pool": 1, "sample.revise_share": 1}
 
 
 def load_config(preset, overrides=(), sections=None):
@@ -46,7 +46,7 @@ def load_config(preset, overrides=(), sections=None):
     while preset is not None:
         if preset not in presets:
             raise UserError(f"There is no preset {preset!r}; config.yaml has {', '.join(presets)}.")
-        layers.insert(0, presets[preset])
+        layers.insert(0, {section: values for section, values in presets[preset].items() if section != "like"})
         preset = presets[preset].get("like")
     for text in overrides:
         name, equals, value = text.partition("=")
@@ -55,12 +55,11 @@ def load_config(preset, overrides=(), sections=None):
             raise UserError(f"{text!r} is no override; write section.key=value, for example vae.lr=1e-4.")
         if sections and section in base and section not in sections:
             raise UserError(f"{text!r} changes nothing here, where only the sections {', '.join(sections)} are read; leave it out.")
-        layers.append({section: {key: parse_value(text, value)}})
+        is_text = isinstance(base.get(section, {}).get(key), str)
+        layers.append({section: {key: value if is_text else parse_value(text, value)}})
     config = {section: dict(values) for section, values in base.items()}
     for layer in layers:
         for section, values in layer.items():
-            if section == "like":
-                continue
             for key, value in values.items():
                 name = f"{section}.{key}"
                 known = [f"{s}.{k}" for s in base for k in base[s]]
@@ -73,8 +72,9 @@ def load_config(preset, overrides=(), sections=None):
 
 def parse_value(text, value):
     try:
-        return yaml.safe_load(value)
-    except yaml.YAMLError:
+        result = yaml.safe_load(value)
+        return int(value) if type(result) is int else result       # YAML's 010 is 8, and its 1:30 is 90
+    except (yaml.YAMLError, ValueError):
         raise UserError(f"{text!r} has no YAML value; expected a number, a word or a list like [1, 2].") from None
 
 
@@ -85,15 +85,16 @@ def coerce(name, value, like):
             return {"true": True, "false": False}[str(value).lower()]
         if isinstance(like, str):
             return str(value)
-        number = type(like)(float(value))
-        if isinstance(value, bool) or number != float(value) or not 0 <= number <= AT_MOST.get(name, 1e18):
+        exact = value if isinstance(value, int) else float(value)
+        number = type(like)(exact)
+        if isinstance(value, bool) or number != exact or not 0 <= number <= AT_MOST.get(name, 1e18):
             raise ValueError
         if number == 0 and name.partition(".")[2] not in MAY_BE_0:
             raise ValueError
         return number
     try:
         result = [one(v, like[0]) for v in value] if isinstance(like, list) else one(value, like)
-        if isinstance(like, list) and not result:
+        if isinstance(like, list) and not (result and isinstance(value, list)):
             raise ValueError
         if name.endswith(".betas") and (len(result) != 2 or max(result) >= 1):
             raise ValueError
@@ -112,7 +113,7 @@ def sampling_values(section, overrides, positions):
     """A checkpoint's section `sample` with key=value on top. Values that a checkpoint does not have yet, being older than them,
     are those of config.yaml's base. Raises UserError for an unknown key, a wrong value, or more updates than positions."""
     base = yaml.safe_load((HERE / "config.yaml").read_text())["base"]["sample"]
-    values = {**base, **vars(section)}
+    values = {key: coerce(f"sample.{key}", vars(section).get(key, value), value) for key, value in base.items()}
     values.update({key: min(values[key], positions) for key in ("t_draft", "t_revise")})
     for text in overrides:
         key, equals, value = text.partition("=")
@@ -158,6 +159,11 @@ MEMORY_FULL = "The memory is full; lower batch_size, or for training set data.in
 
 def run(main):
     """Calls main(); a user's mistake, a full disk and the like end in one sentence and exit status 2, Ctrl-C in 130."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:                       # closed by the caller
+            setattr(sys, name, open(os.devnull, "w"))
+        with contextlib.suppress(AttributeError):            # a class may be called Forêt where only ASCII can be printed
+            getattr(sys, name).reconfigure(errors="backslashreplace")
     try:
         main()
         if ranks()[1] > 1:
@@ -235,8 +241,10 @@ def bf16_pays(device):
     found = getattr(torch.cpu, "get_capabilities", dict)()
     if device.type == "mps" or not (found.get("amx_bf16") or found.get("avx512_bf16")):
         return False
-    bf16, fp32 = (matrix_rate(device, dtype, 0.05, 512) for dtype in (torch.bfloat16, torch.float32))
-    return bf16 > 1.5 * fp32            # no machine seen was near that (0.6, or 3 and more): the same choice at every start
+    best = {torch.bfloat16: 0, torch.float32: 0}
+    for dtype in 5 * list(best):        # in turns, and the best of each: other programs must not decide
+        best[dtype] = max(best[dtype], matrix_rate(device, dtype, 0.01, 512))
+    return best[torch.bfloat16] > 1.5 * best[torch.float32]      # no machine seen was near that (0.6, or 3 and more)
 
 
 def pick_device(args):

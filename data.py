@@ -11,8 +11,10 @@ import hashlib
 import io
 import json
 import os
+import sys
 import tarfile
 import threading
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -112,21 +114,26 @@ def find_images(directory, split="train", index=None):
     if len(classes) > 1 and classes[0] == "":
         raise UserError(f"{os.path.join(paths[0], os.fsdecode(names[0][0]))} lies beside the class folders; "
                         "move it into one of them or away.")
+    empty = sorted({path.name for path in root.iterdir() if path.is_dir() and path.name[0] != "."} - {*classes})
+    if classes != [""] and empty and drr.ranks()[0] == 0:
+        print(f"{root}: no images in {', '.join(empty[:8])}{', ...' * (len(empty) > 8)}, which thus are no classes", file=sys.stderr)
     number, counts = {name: i for i, name in enumerate(classes)}, [len(n) for n in names]
     labels = np.repeat([number[name] for name in class_of], counts)
     return Files(paths, counts, np.concatenate(names)), labels, classes
 
 
-def picture_folders(folder):
-    """(path, names of its images as an array of bytes) of the folder and those below it, each sorted."""
+def picture_folders(folder, above=()):
+    """(path, names of its images as an array of bytes) of the folder and those below it, each sorted; what begins with a dot is
+    left out. above: the folders on the way, so that a link to one of them does not lead round in circles."""
+    above = (*above, os.path.realpath(folder))
     entries = sorted(os.scandir(folder), key=lambda entry: entry.name) if os.path.isdir(folder) else []
     names = [os.fsencode(entry.name) for entry in entries if entry.name[0] != "."
              and os.path.splitext(entry.name)[1].lower() in EXTENSIONS and entry.is_file()]
     if names:
         yield os.fspath(folder), np.array(names)
     for entry in entries:
-        if entry.is_dir(follow_symlinks=False):
-            yield from picture_folders(entry.path)
+        if entry.is_dir() and entry.name[0] != "." and os.path.realpath(entry.path) not in above:
+            yield from picture_folders(entry.path, above)
 
 
 def open_shards(shards, directory, index):
@@ -160,8 +167,8 @@ def shard_index(path, folder):
     stat = path.stat()
     kept = Path(folder or "") / f"{path.parent.name}-{path.name}-{stat.st_size}-{stat.st_mtime_ns}.npz"
     if folder and kept.exists():
-        with ONE_AT_A_TIME, np.load(kept) as arrays:
-            return dict(arrays)
+        with contextlib.suppress(ValueError, EOFError, zipfile.BadZipFile), ONE_AT_A_TIME, np.load(kept) as arrays:
+            return dict(arrays)                              # a damaged one is made anew
     arrays = read_shard(path)
     if folder:
         with drr.replacing(kept) as temporary, open(temporary, "wb") as f:
@@ -193,12 +200,12 @@ def read_shard(path):
     for sample in samples.values():
         if "picture" in sample:
             try:
-                label = int(sample["cls"] if "cls" in sample else json.loads(sample["json"])["label"])
-                if label < 0:
+                label = int(sample["cls"]) if "cls" in sample else int(str(json.loads(sample["json"])["label"]))
+                if not 0 <= label < 2 ** 20:
                     raise ValueError
             except (KeyError, ValueError, TypeError):
                 raise UserError(f"The shard {path} names no class for {os.fsdecode(sample['picture'][0])}; expected a "
-                                "number from 0 on in a .cls file of that name, or as \"label\" in .json.") from None
+                                "whole number from 0 on in a .cls file of that name, or as \"label\" in .json.") from None
             rows.append((*sample["picture"], label))
     names, offsets, sizes, labels = zip(*rows) if rows else ([], [], [], [])
     return {"names": np.array(names, bytes), "offsets": np.array(offsets, np.int64), "sizes": np.array(sizes, np.int64),
@@ -247,6 +254,8 @@ def open_image(path, background="white"):
             picture = ImageOps.exif_transpose(picture)
             if picture.mode.startswith("I;16"):                          # 16-bit grey: Pillow would clip it at 255
                 picture = Image.fromarray((np.asarray(picture) // 257).astype(np.uint8))
+            if picture.mode in ("I", "F"):
+                raise ValueError("32 bits a pixel, whose range is unknown; save it with 8 or 16")
             if "A" in picture.getbands() or "transparency" in picture.info:
                 picture = picture.convert("RGBA")
                 picture = Image.alpha_composite(Image.new("RGBA", picture.size, background), picture)
@@ -444,10 +453,14 @@ def cached_codes(views, vae, directory, device, dtype):
     path, index_path = Path(directory) / f"codes-{name}.npy", Path(directory) / f"codes-{name}-views.npy"
     if not path.exists():                                    # no rank can finish it before the others have looked
         encode_views(views, vae, path, index_path, device, dtype)
-    index = np.load(index_path)
+    try:
+        index, codes = np.load(index_path), np.load(path, mmap_mode="r")
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"The token cache {path} with {index_path.name} is damaged ({error}); delete both, and they will be made "
+                        "again.") from None
     if len(index) < len(views):
         views.keep(np.isin(np.arange(len(views)), index))
-    return np.load(path, mmap_mode="r")
+    return codes
 
 
 def encode_views(views, vae, path, index_path, device, dtype):

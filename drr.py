@@ -783,6 +783,9 @@ def load_checkpoint(directory):
     tensors, meta = read_model(path)
     info = SimpleNamespace(vae=vae_section, transformer=section(meta, "transformer", path),
                            sample=section(meta, "sample", path), classes=meta.get("classes"), titles=meta.get("titles"))
+    names = [len(n) for n in (info.classes, info.titles) if isinstance(n, list) and all(isinstance(text, str) for text in n)]
+    if len(names) != 2 or names[0] != names[1]:
+        raise UserError(f"{path} carries no names of its classes, each with a title; copy or train it again.")
     if meta.get("vae") != fingerprint(vae):
         raise UserError(f"{path} was trained on the codes of another RQ-VAE than {path.with_name('vae.safetensors')}; "
                         "keep the two files of one training together.")
@@ -823,9 +826,10 @@ def load_official_rqvae(path, c):
         raise UserError(f"The file {path} does not exist.") from None
     except Exception as error:                  # truncated, no torch file, or a pickle with code in it: none is run
         raise UserError(f"{path} is no RQ-VAE release that can be read safely ({type(error).__name__}).") from None
+    if isinstance(state, dict):
+        state = state.get("state_dict", state)  # .safetensors has no nested dictionaries, only prefixes
     if not isinstance(state, dict) or not all(isinstance(k, str) for k in state):
         raise UserError(f"{path} holds no state dict; it is no RQ-VAE release.")
-    state = state.get("state_dict", state)      # .safetensors has no nested dictionaries, only prefixes
     if any(k.startswith("state_dict.") for k in state):
         state = {k.removeprefix("state_dict."): v for k, v in state.items() if k.startswith("state_dict.")}
     # The shared codebook is stored once per depth; its last row is padding, never a code.
@@ -858,7 +862,11 @@ def read_model(path):
             meta = json.loads((f.metadata() or {})["drr"])
         if not isinstance(meta, dict):
             raise ValueError("its description is no table")
-        return load_file(path), meta
+        tensors = load_file(path)
+        broken = [name for name, t in tensors.items() if t.is_floating_point() and not t.isfinite().all()]
+        if broken:
+            raise ValueError(f"{broken[0]} holds numbers that are not finite")
+        return tensors, meta
     except FileNotFoundError:
         raise UserError(f"The checkpoint {path} does not exist; train it or name a folder that has it.") from None
     except (SafetensorError, KeyError, ValueError) as error:

@@ -10,6 +10,7 @@ optimizer's arithmetic and the moving averages, run on tensors that have a shape
 import argparse
 import gc
 import math
+import re
 import sys
 import time
 import weakref
@@ -261,18 +262,23 @@ def main():
     parser.add_argument("--mfu", type=float, default=0.4, help="the share of that rate that a training reaches (0.4)")
     parser.add_argument("--check", nargs="?", const="transformer", choices=("vae", "transformer"),
                         help="train two real steps of this stage (transformer) on this machine instead")
-    parser.add_argument("--batch", type=int, default=2, help="images of those steps (2)")
+    parser.add_argument("--batch", type=int, help="images of those steps (2)")
     add_device_arguments(parser)
     args = parser.parse_intermixed_args()
     overrides = [word for word in args.words if "=" in word]
     every = yaml.safe_load((HERE / "config.yaml").read_text())["presets"]
     names = [word for word in args.words if "=" not in word] or list(every)
-    configs = {name: load_config(name, overrides) for name in names}
-    if not args.gpus.replace(",", "").isdigit() or "0" in args.gpus.split(","):
+    configs = {name: load_config(name, overrides, ("vae", "transformer")) for name in names}
+    if not re.fullmatch("[1-9][0-9]{0,5}(,[1-9][0-9]{0,5})*", args.gpus):
         raise UserError(f"--gpus is {args.gpus!r}; expected numbers of devices like 1,8.")
-    if not 0 < args.mfu <= 1 or args.tflops is not None and args.tflops <= 0 or args.batch < 1:
+    if args.batch is not None and not args.check:
+        raise UserError("--batch is for --check; leave it out.")
+    args.batch = 2 if args.batch is None else args.batch
+    if not 0 < args.mfu <= 1 or args.tflops is not None and not 0 < args.tflops < math.inf or args.batch < 1:
         raise UserError("--tflops and --mfu are more than 0, --mfu at most 1, and --batch starts at 1.")
     device, dtype = (torch.device("cuda"), torch.bfloat16) if args.tflops else pick_device(args)
+    if args.tflops and (args.device, args.precision) != ("auto", "auto"):
+        raise UserError("--tflops plans for other hardware than this; leave --device and --precision out.")
     if args.check:
         if len(names) != 1 or args.tflops:
             raise UserError("--check trains one preset on this machine; name one, and leave --tflops out.")

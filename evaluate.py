@@ -17,6 +17,7 @@ import subprocess
 import sys
 import warnings
 import zipfile
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Callable, NamedTuple
@@ -157,7 +158,7 @@ def header_size(path):
     try:
         with Image.open(path.open() if isinstance(path, data.Member) else path) as picture:
             return picture.size
-    except OSError as error:
+    except Exception as error:                               # Pillow raises nearly anything for a damaged file
         raise UserError(f"{path} cannot be read as an image ({error}); take it away.") from None
 
 
@@ -177,7 +178,7 @@ def read_npz(path):
             return dict(arrays)
     except FileNotFoundError:
         raise UserError(f"The file {path} does not exist.") from None
-    except (ValueError, EOFError, zipfile.BadZipFile) as error:
+    except (ValueError, TypeError, AttributeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"{path} is no .npz file, or a damaged one ({error}); write it again.") from None
 
 
@@ -219,16 +220,19 @@ def draw_samples(model, classes, num, seed, c, folder, device):
 
 
 def in_parts(parts, num, labels, name):
+    def load(path):
+        try:
+            return np.load(path)
+        except (ValueError, EOFError, OSError) as error:
+            raise UserError(f"{path} is damaged ({error}); delete it and start again.") from None
+
     def batches():
         left = num
         for path in parts:
-            try:
-                pixels = np.load(path)
-            except (ValueError, EOFError, OSError) as error:
-                raise UserError(f"{path} is damaged ({error}); delete it and start again.") from None
+            pixels = load(path)
             yield torch.from_numpy(pixels[:left]).permute(0, 3, 1, 2)
             left -= len(pixels)
-    return Pictures(name, num, np.load(parts[0], mmap_mode="r").shape[1], labels, batches)
+    return Pictures(name, num, load(parts[0]).shape[1], labels, batches)
 
 
 def write_npz(path, pictures, labels):
@@ -414,7 +418,7 @@ def main():
         if not reference:
             real, real_stats = check_statistics(args.reference, held, about, network, size, dimension)
         for path in filter(None, (args.save_reference, args.npz, args.json)):
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            check_output(Path(path), ".json" if path == args.json else ".npz", (args.reference, args.samples))
 
     # --- pictures ----------------------------------------------------------------------------------------------------
     if args.reconstructions:
@@ -503,13 +507,24 @@ def claim(folder, about):
             temporary.write_text(text)
 
 
+def check_output(path, suffix, inputs):
+    """Fails before the work rather than after it."""
+    if path.is_dir() or path.suffix != suffix:
+        raise UserError(f"{path} cannot be written; expected the name of a file that ends in {suffix}.")
+    if path.resolve() in (Path(p).resolve() for p in filter(None, inputs)):
+        raise UserError(f"{path} is what is to be measured, or measured against; give the result another name.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+
+
 def check_statistics(path, held, about, network, size, dimension):
     """(features or None, (mean, covariance)) that an .npz holds. Raises UserError for one that is not of this network or
     size, as far as it says (`about`)."""
     for key, value, word in (("features", network.name, "features of"), ("size", size, "pictures of the size")):
         if about.get(key, value) != value:
             raise UserError(f"{path} holds {word} {about[key]}, and this run has {value}; make the reference again.")
-    if "sigma" not in held or held["mu"].ndim != 1 or held["sigma"].shape != 2 * held["mu"].shape:
+    if any(held[key].dtype.kind not in "fiu" for key in ("mu", "sigma", "features") if key in held):
+        raise UserError(f"{path} holds other things than numbers; make the reference again.")
+    if "sigma" not in held or "mu" not in held or held["mu"].ndim != 1 or held["sigma"].shape != 2 * held["mu"].shape:
         raise UserError(f"{path} has no mean `mu` (d,) with a covariance `sigma` (d, d).")
     if len(held["mu"]) != dimension:
         raise UserError(f"{path} has {len(held['mu'])} features and {network.name} gives {dimension}; it was made with another "

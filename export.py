@@ -43,8 +43,8 @@ from drr import UserError
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # The largest difference to PyTorch in float32 that a graph may show. DEVIATION from 1e-4 everywhere: it is absolute for
-# outputs of ordinary size and 1e-5 standard deviations for large ones, since the bundled model's context reaches 200,
-# where float32 itself is no finer than 2e-5. In lower precision it is in standard deviations. Decoder and encoder always
+# outputs of ordinary size and 1e-5 standard deviations for large ones, since the context of a trained model may reach
+# hundreds, where float32 itself is no finer than 2e-5. In lower precision it is in standard deviations. Decoder and encoder always
 # are float32. The encoder's output is codes: the share that differs, as a near tie may fall either way.
 BOUNDS = {"decoder": 5e-4, "encoder": 0.01, "fp32": 1e-4, "fp16": 0.05, "bf16": 0.3}
 

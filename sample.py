@@ -68,8 +68,10 @@ def parse_arguments():
 
 # === From the command line to class indices, settings and regions ===================================================
 def find_class(text, classes, titles):
-    """The index of the class that `text` names: an index, a folder name, a title, or a part of one title."""
+    """The index of the class that `text` names: a folder name, an index, a title, or a part of one title."""
     wanted = text.strip().lower().replace(" ", "_")
+    if text.strip() in classes:                                   # a folder may be called 10 and not be class 10
+        return classes.index(text.strip())
     if re.fullmatch(r"-?[0-9]{1,9}", wanted):
         if not 0 <= int(wanted) < len(classes):
             raise UserError(f"Class {wanted} does not exist; this checkpoint has classes 0 to {len(classes) - 1}.")
@@ -103,8 +105,10 @@ def pick_classes(text, info):
 def load_model(args, device, dtype):
     """What --checkpoint, --backend and --exported name: a model as drr.TorchModel is one, the
     checkpoint's info, and the device."""
-    folder = args.checkpoint or BUNDLED
+    folder = BUNDLED if args.checkpoint is None else args.checkpoint
     if args.backend == "torch":
+        if "exported" in args.given:
+            raise UserError("--exported is for --backend onnx or trt; name one, or leave it out.")
         vae, transformer, info = drr.load_checkpoint(folder)
         return fast.torch_model(vae, transformer, device, dtype), info, device
     if args.compile or args.precision == "fp8":
@@ -176,10 +180,12 @@ def repaint_mask(args, picture, size):
     return torch.from_numpy(result)
 
 
-def check_writable(picture):
-    """Fails before the work rather than after it."""
+def check_writable(picture, inputs=()):
+    """Fails before the work rather than after it. `inputs` must not be replaced."""
     if picture.suffix.lower() != ".png" or picture.is_dir():
         raise UserError(f"{picture} cannot be the picture; expected the name of a file that ends in .png.")
+    if picture.resolve() in (Path(path).resolve() for path in filter(None, inputs)):
+        raise UserError(f"{picture} would be replaced by the result; give --out another name.")
     picture.parent.mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=picture.parent).close()
 
@@ -218,10 +224,10 @@ def main():
     if args.reconstruct:
         if args.given - {"reconstruct", "out", "checkpoint", "device"}:
             raise UserError("--reconstruct goes with --out, --checkpoint and --device only; leave the other options out.")
-        vae, _ = drr.load_vae(Path(args.checkpoint or BUNDLED) / "vae.safetensors")
+        vae, _ = drr.load_vae(Path(BUNDLED if args.checkpoint is None else args.checkpoint) / "vae.safetensors")
         original = data.to_float(data.crop(data.open_image(args.reconstruct), vae.size)[None], device)
         out = Path(args.out or "samples/reconstruction.png")
-        check_writable(out)
+        check_writable(out, [args.reconstruct])
         images = drr.reconstructions(vae.to(device), original)
         save_picture(grid(to_pixels(images), len(images), max(1, 256 // vae.size)), out)
         return print(f"original, then depths 1 to {len(images) - 1} -> {out}")
@@ -247,9 +253,12 @@ def main():
         original = data.to_float(data.crop(picture, model.size)[None], device)
     name = (args.classes or "sample").replace(",", "-").replace(" ", "_").replace("/", "_")[:40]
     out = Path(args.out or f"samples/{name}_seed{args.seed}.png")
-    check_writable(out)
-    if args.out_dir:
-        check_writable(Path(args.out_dir) / "000.png")
+    single = [Path(args.out_dir) / f"{i:03d}.png" for i in range(num)] if args.out_dir is not None else []
+    check_writable(out, [args.image, args.mask, *single])
+    for path in single[:1]:
+        check_writable(path)
+    if {path.resolve() for path in single} & {Path(path).resolve() for path in (args.image, args.mask) if path}:
+        raise UserError(f"A picture in --out-dir {args.out_dir} would replace --image or --mask; give it another folder.")
 
     # --- codes, in batches; then pixels ------------------------------------------------------------------------------
     codes = region = None
@@ -280,8 +289,8 @@ def main():
             pixels.extend(to_pixels(images[:len(part)]))
             states.extend(to_pixels(torch.cat(batch_states)).reshape(columns, len(padded), model.size, model.size, 3)
                           .swapaxes(0, 1)[:len(part)] if keep else ())
-            for i in part if args.out_dir else ():
-                save_picture(Image.fromarray(pixels[i]), Path(args.out_dir) / f"{i:03d}.png")
+            for i in part if single else ():
+                save_picture(Image.fromarray(pixels[i]), single[i])
     seconds = time.time() - started
     precision = model.precision if args.backend != "torch" else next(k for k, v in PRECISIONS.items() if v == dtype)
 

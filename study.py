@@ -249,7 +249,7 @@ def infill(model, images, labels, c, device, batch=50):
                 pictures.append(torch.stack([x[:5], torch.where(pixel, 0, x)[:5], torch.where(pixel, mean, x)[:5],
                                              model.decode(last.codes)[:5]]))
         for way in ways:
-            psnr = 10 * math.log10(4 * len(images) * 3 * int(pixel.sum()) / errors[way])
+            psnr = 10 * math.log10(4 * len(images) * 3 * int(pixel.sum()) / max(errors[way], 1e-12))
             lines.append(f"| {title} | {way} | " + " | ".join(f"{h / total:.1%}" for h in hits[way]) + f" | {psnr:.1f} dB |")
     lines.append("| | chance | " + " | ".join([f"{1 / model.vae.quantizer.codebook.shape[0]:.1%}"] * D) + " | 0.0% | |")
     return "\n".join(lines) + "\n", torch.cat(pictures, 1)          # (4, 10, 3, S, S)

@@ -17,7 +17,7 @@ from tqdm import tqdm
 import data
 import drr
 import training
-from common import autocast, grid, load_config, run, save_picture, to_pixels
+from common import autocast, grid, load_config, run, sampling_values, save_picture, to_pixels
 from drr import UserError
 
 
@@ -64,8 +64,13 @@ def main():
         raise UserError("This trainer has no text data yet; use transformer.cond=class or transformer.cond=none.")
     own, count = training.micro_batches("transformer", c)
     vae, config.vae = drr.load_vae(args.vae or out / "vae.safetensors")
+    beside = out / "vae.safetensors"                           # where sample.py will look for it
+    if beside.exists() and drr.fingerprint(drr.load_vae(beside)[0]) != drr.fingerprint(vae):
+        raise UserError(f"{beside} is another RQ-VAE than {args.vae}; choose another --out, since the two files of one training "
+                        "lie together.")
     vae.to(device)
     N, D = vae.side ** 2, vae.quantizer.depth
+    sampling_values(config.sample, (), N)                      # refuses what sample.py would refuse
     torch.manual_seed(config.data.seed)                        # the initial weights; nothing else draws from it
 
     # --- data: codes of all images, both ways round; or the images themselves ------------------------------------------
@@ -107,6 +112,8 @@ def main():
     parts = {"transformer": transformer, "ema": ema, "opt": opt}
     states = training.States(out, "transformer", parts, settings, c.keep, sharded=transformer if c.shard else None)
     start = states.begin(args)
+    if rank == 0 and not beside.exists():
+        drr.save_vae(beside, vae, config)
     forward = torch.compile(transformer) if c.compile else transformer
     forward = forward if c.shard else training.parallel(forward, device)
 

@@ -114,8 +114,9 @@ def main():
     device, dtype = training.join_ranks(args)
     rank, world = drr.ranks()
     if args.official:
-        if args.init or args.resume:
-            raise UserError("--official converts weights and trains nothing; leave --init and --resume out.")
+        if args.init or args.resume or args.data or args.tensorboard:
+            raise UserError("--official converts weights and trains nothing; leave --init, --resume, --data and --tensorboard out.")
+        training.refuse_replacing(out / "vae.safetensors", args.force)
         drr.save_vae(out / "vae.safetensors", drr.load_official_rqvae(args.official, c), config)
         return print(f"wrote {out / 'vae.safetensors'}")
     if not args.data:
@@ -123,6 +124,8 @@ def main():
     if c.compile and device.type == "cpu":
         raise UserError("vae.compile is for a GPU: on a CPU the compiled RQ-VAE had wrong gradients in bf16 (torch 2.13); leave it "
                         "out.")
+    if c.disc_weight and c.resolution >> max(1, c.disc_layers) < 3:
+        raise UserError(f"vae.disc_layers is {c.disc_layers}, which leaves nothing of {c.resolution} pixels; take fewer.")
     own, count = training.micro_batches("vae", c)
     distance = perceptual_loss(c.perceptual, device) if c.perceptual_weight else None
     torch.manual_seed(config.data.seed)                        # the initial weights; nothing else draws from it

@@ -72,6 +72,8 @@ def join_ranks(args):
     device, dtype = pick_device(args)
     keep_memory()
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        if "RANK" not in os.environ:
+            raise UserError("WORLD_SIZE is set and RANK is not; start with torchrun, or unset WORLD_SIZE.")
         if device.type == "cuda":
             local, found = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
             if local >= found:
@@ -250,6 +252,12 @@ MAY_CHANGE = {"steps", "micro_batch", "log_every", "picture_every", "save_every"
               "in_memory", "workers"}
 
 
+def refuse_replacing(weights, force):
+    """Raises UserError where a fresh start would replace finished weights."""
+    if weights.exists() and not force:
+        raise UserError(f"{weights} is there already; add --force to replace it, or choose another --out.")
+
+
 class States:
     """The training states of one stage in a folder: saves, keeps the newest `keep` of them, and finds the one to go on from.
 
@@ -262,13 +270,10 @@ class States:
         self.out, self.stage, self.parts, self.settings, self.keep = Path(out), stage, parts, settings, keep
         self.sharded, self.last = sharded, None                # last: the path of the newest good state of this run
         self.stale = self.files()                              # those of an earlier run in this folder
-        for folder in (self.out, self.out / "codes") if ranks()[0] == 0 else ():
-            for half_written in folder.glob(".writing-*"):     # by a run that was killed
-                half_written.unlink(missing_ok=True)
 
     def files(self):
         """The states in the folder, oldest first."""
-        return sorted(self.out.glob(f"{self.stage}_state_*.pt"))
+        return sorted(self.out.glob(f"{self.stage}_state_{9 * '[0-9]'}.pt"))
 
     def state(self, name):
         part = self.parts[name]
@@ -292,26 +297,45 @@ class States:
         self.stale, self.last = [], path
 
     def begin(self, args):
-        """The step to begin with: 0, or that of the restored state. Raises UserError as `load` does, and where a fresh start
-        would replace an earlier run."""
+        """The step to begin with: 0, or that of the restored state. Raises UserError as `load` does, where there is nothing to
+        resume, where a fresh start would replace an earlier run, and where another training is at work in the folder."""
         if args.resume and args.init:
             raise UserError("--init starts from given weights, --resume goes on with its own; give one of them.")
-        if args.resume:
-            return self.load(args.force)
-        if self.stale and not args.force:
+        if args.resume and not self.stale:
+            raise UserError(f"There is nothing to resume: {self.out}/{self.stage}_state_*.pt does not exist; start without "
+                            "--resume.")
+        if self.stale and not args.resume and not args.force:
             step = int(self.stale[-1].stem.rpartition("_")[2])
             raise UserError(f"{self.out} holds a training up to step {step}; add --resume to go on with it or --force to "
                             "start over, or choose another --out.")
-        return 0
+        if not args.resume:
+            refuse_replacing(self.out / f"{self.stage}.safetensors", args.force)
+        if ranks()[0] == 0:
+            self.lock()
+        start = self.load(args.force) if args.resume else 0
+        for folder in (self.out, self.out / "codes") if ranks()[0] == 0 else ():
+            for half_written in folder.glob(".writing-*"):     # by a run that was killed
+                half_written.unlink(missing_ok=True)
+        return start
+
+    def lock(self):
+        """Keeps a second training out of the folder for as long as this process lives."""
+        with contextlib.suppress(ImportError):                 # not on Windows
+            import fcntl
+            self.out.mkdir(parents=True, exist_ok=True)
+            self.locked = open(self.out / ".lock", "w")        # the system lets go of it when this process ends, however it does
+            try:
+                fcntl.lockf(self.locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError):
+                raise UserError(f"Another training is at work in {self.out}; wait for its end, or choose another --out.") from None
+            except OSError:                                    # a disk without locks
+                pass
 
     def load(self, force=False):
         """Restores the newest state that is whole and returns its step. A damaged one is moved aside with a warning.
 
-        Optimizers keep the settings (learning rate, ...) that they have now. Raises UserError where there is no state, no
-        whole one, or where it belongs to another model, other settings or other data (unless `force`)."""
-        if not self.stale:
-            raise UserError(f"There is nothing to resume: {self.out}/{self.stage}_state_*.pt does not exist; start without "
-                            "--resume.")
+        Optimizers keep the settings (learning rate, ...) that they have now. Raises UserError where no state is
+        whole, or where it belongs to another model, other settings or other data (unless `force`)."""
         rank, world = ranks()
         newest = [self.newest_whole() if rank == 0 else None]
         if world > 1:
@@ -405,10 +429,16 @@ class Log:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.path.unlink(missing_ok=True)
         elif self.path.exists():
-            with open(self.path, newline="") as f:
-                reader = csv.DictReader(f)
-                rows = [row for row in reader if None not in (*row, *row.values()) and int(row["step"]) <= start]
-            self.fields = list(reader.fieldnames or [])
+            try:
+                with open(self.path, newline="") as f:
+                    reader = csv.DictReader(f)
+                    rows = [row for row in reader if None not in (*row, *row.values()) and int(row["step"]) <= start]
+                    self.fields = list(reader.fieldnames or [])
+            except (KeyError, ValueError, csv.Error) as error:
+                print(f"WARNING: {self.path} is damaged ({type(error).__name__}: {error}); it is now called {self.path.name}.damaged, "
+                      "and a new log begins", file=sys.stderr)
+                self.path.rename(self.path.with_name(self.path.name + ".damaged"))
+                return
             with replacing(self.path) as temporary, open(temporary, "w", newline="") as f:
                 writer = csv.DictWriter(f, self.fields)
                 writer.writeheader()

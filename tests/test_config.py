@@ -115,7 +115,7 @@ def test_published_stage_two(preset):
     ("vae.lr=4e-5", 4e-5), ("vae.lr=1", 1.0), ("vae.steps=1e3", 1000), ("vae.ch_mult=[1, 2]", [1, 2]),
     ("vae.betas=[0,1e-1]", [0.0, 0.1]),
     ("vae.restart=false", False), ("vae.restart=True", True), ("transformer.half=true", True), ("vae.loss=l1", "l1"),
-    ("data.seed=0", 0), ("transformer.cond=none", "none")])
+    ("data.seed=0", 0), ("data.seed=010", 10), ("data.favour_class=007", "007"), ("transformer.cond=none", "none")])
 def test_overrides_take_the_bases_type(text, value):
     section, key = text.partition("=")[0].split(".")
     result = getattr(getattr(load_config("smoke", [text]), section), key)

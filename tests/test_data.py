@@ -61,6 +61,16 @@ def test_class_folders_are_found_below_train_or_directly(tmp_path, prefix):
     assert classes == ["a", "b"] and labels.tolist() == [0, 1, 1]
 
 
+def test_hidden_folders_are_left_out_links_are_followed_and_empty_ones_are_named(tmp_path, capsys):
+    write(tmp_path / "train" / "a" / "1.png"), write(tmp_path / "train" / ".ipynb_checkpoints" / "1.png")
+    write(tmp_path / "elsewhere" / "2.png"), (tmp_path / "train" / "nothing").mkdir()
+    (tmp_path / "train" / "b").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "train" / "a" / "round").symlink_to(tmp_path / "train")        # leads back to where it is
+    files, labels, classes = data.find_images(tmp_path)
+    assert classes == ["a", "b"] and [f.name for f in files] == ["1.png", "2.png"] and labels.tolist() == [0, 1]
+    assert "no images in nothing, which" in capsys.readouterr().err
+
+
 def test_pictures_without_class_folders_are_one_class_without_a_name(tmp_path):
     write(tmp_path / "1.png")
     write(tmp_path / "2.png")
@@ -189,7 +199,8 @@ def test_a_damaged_shard_is_the_users_mistake(tmp_path, kind):
 
 
 @pytest.mark.parametrize("label", [None, ("0.cls", b"n01440764"), ("0.cls", b"-1"), ("0.json", b'{"x": 1}'),
-                                   ("0.json", b"[]")])
+                                   ("0.json", b"[]"), ("0.json", b'{"label": 3.7}'), ("0.json", b'{"label": Infinity}'),
+                                   ("0.cls", b"1000000000")])
 def test_a_picture_without_a_class_is_the_users_mistake(tmp_path, label):
     picture_file = write(tmp_path / "0.png")
     pack(tmp_path / "train" / "0.tar", [("0.png", picture_file.read_bytes())] + ([label] if label else []))
@@ -235,6 +246,9 @@ def test_a_shard_is_read_once_and_again_when_it_has_changed(shards, tmp_path, mo
     os.utime(shards / "train" / "000002.tar", (1, 1))                          # the same size, another time
     data.find_images(shards, index=tmp_path / "index")
     assert read[4:] == ["000002.tar"]
+    for kept in (tmp_path / "index").iterdir():
+        kept.write_bytes(kept.read_bytes()[:40])                               # damaged
+    assert list(data.find_images(shards, index=tmp_path / "index")[0]) == list(changed) and len(read) == 8
 
 
 # === Cropping =======================================================================================================
@@ -296,6 +310,13 @@ def test_a_16_bit_picture_keeps_its_brightness(tmp_path):
     Image.fromarray(np.full((8, 8), 100 * 257, np.uint16)).save(tmp_path / "deep.png")
     opened = np.array(data.open_image(tmp_path / "deep.png"))
     assert opened.shape == (8, 8, 3) and np.all(np.abs(opened.astype(int) - 100) <= 1)
+
+
+@pytest.mark.parametrize("kind", [np.int32, np.float32])
+def test_a_picture_of_unknown_brightness_is_the_users_mistake(tmp_path, kind):
+    Image.fromarray(np.ones((8, 8), kind)).save(tmp_path / "deep.tiff")
+    with pytest.raises(drr.UserError, match="32 bits"):
+        data.open_image(tmp_path / "deep.tiff")
 
 
 def test_the_camera_s_orientation_is_respected(tmp_path):
@@ -530,6 +551,15 @@ def test_the_cache_is_reused_and_belongs_to_weights_and_views(tmp_path, vae, mon
         encoded.clear()
         cached(views, model, tmp_path)
         assert encoded and len(list(tmp_path.iterdir())) > before
+
+
+@pytest.mark.parametrize("views", [False, True])
+def test_a_damaged_cache_is_the_users_mistake(tmp_path, vae, views):
+    cached(make_views(size=32), vae, tmp_path)
+    file = next(path for path in tmp_path.iterdir() if ("views" in path.name) == views)
+    file.write_bytes(file.read_bytes()[:-9])
+    with pytest.raises(drr.UserError, match="delete both"):
+        cached(make_views(size=32), vae, tmp_path)
 
 
 def test_the_cache_notices_that_a_file_has_changed(tmp_path, vae):

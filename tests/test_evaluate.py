@@ -224,6 +224,10 @@ def test_too_few_pictures_are_named(net, call, tmp_path):
     (["--reference", "a", "--samples", "large"], ["32x32", "40x40"]),
     (["--reference", "large"], ["40x40", "32x32"]),
     (["--reference", "bad.npz", "--samples", "a"], ["bad.npz", "no .npz file"]),
+    (["--reference", "array.npz", "--samples", "a"], ["array.npz", "no .npz file"]),
+    (["--reference", "words.npz", "--samples", "a"], ["words.npz", "numbers"]),
+    (["--reference", "a", "--samples", "b", "--json", "a"], ["a cannot be written", ".json"]),
+    (["--reference", "a", "--samples", "b", "--save-reference", "reference"], ["reference", ".npz"]),
     (["--reference", "other.npz", "--samples", "a"], ["other.npz", "arr_0"]),
     (["--reference", "nan.npz", "--samples", "a"], ["nan.npz", "not finite"]),
     (["--reference", "seven.npz", "--samples", "a"], ["7 features", "another network"]),
@@ -265,6 +269,9 @@ def mistakes(tmp_path_factory):
     np.savez(folder / "other.npz", x=np.zeros(3))
     np.savez(folder / "foreign.npz", mu=np.zeros(6), sigma=np.eye(6), about="a lakeside")
     np.savez(folder / "nan.npz", mu=np.full(6, np.nan), sigma=np.eye(6))
+    np.savez(folder / "words.npz", mu=np.array(6 * ["mean"]), sigma=np.eye(6))
+    with open(folder / "array.npz", "wb") as f:
+        np.save(f, np.zeros(3))
     np.savez(folder / "seven.npz", mu=np.zeros(7), sigma=np.eye(7))
     np.savez(folder / "float.npz", arr_0=np.zeros((4, 32, 32, 3)))
     torch.export.save(torch.export.export(Net(), (torch.zeros(2, 3, 32, 32),)), folder / "fixed.pt2")      # says no size

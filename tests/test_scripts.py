@@ -2,6 +2,7 @@
 import csv
 import importlib.util
 import json
+import math
 import os
 import pickle
 import runpy
@@ -58,7 +59,7 @@ def test_training_writes_models_logs_and_pictures(trained):
     names = {p.name for p in trained.iterdir()}
     assert {"vae.safetensors", "vae_state_000000040.pt", "vae.csv", "vae_000020.png", "vae_000040.png", "transformer.safetensors",
             "transformer_state_000000040.pt", "transformer.csv", "samples_000020.png", "samples_000040.png", "codes"} <= names
-    assert not any(name.startswith(".") for name in names)                     # no temporary file is left
+    assert not any(name.startswith(".writing") for name in names)             # no temporary file is left
 
 
 def test_training_logs_every_column_at_every_fifth_step(trained):
@@ -248,6 +249,11 @@ def test_find_class_names_the_candidates_of_what_it_cannot_find(text, named):
     assert all(name in str(error.value) for name in named)
 
 
+def test_find_class_takes_a_folders_name_before_an_index():
+    folders = ["0", "1", "10", "11", "2"]
+    assert [sample.find_class(text, folders, folders) for text in ("2", "10", "1", "3")] == [4, 2, 1, 3]
+
+
 # === Mistakes =======================================================================================================
 @pytest.fixture
 def mistakes(trained, tmp_path, photo):
@@ -258,7 +264,8 @@ def mistakes(trained, tmp_path, photo):
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("")
     copy = {}
-    for name in ("truncated", "stranger", "widened", "pickled", "halved", "keyless", "classless", "swapped"):
+    for name in ("truncated", "stranger", "widened", "pickled", "halved", "keyless", "classless", "untitled", "not_a_number",
+                 "unsampled", "swapped"):
         copy[name] = tmp_path / name
         copy[name].mkdir()
         for file in ("vae.safetensors", "transformer.safetensors"):
@@ -271,6 +278,9 @@ def mistakes(trained, tmp_path, photo):
     rewrite(copy["widened"] / "transformer.safetensors", lambda tensors, meta: meta["transformer"].update(d_model=128))
     rewrite(copy["keyless"] / "vae.safetensors", lambda tensors, meta: meta["vae"].pop("ch"))
     rewrite(copy["classless"] / "transformer.safetensors", lambda tensors, meta: meta.update(classes=None))
+    rewrite(copy["untitled"] / "transformer.safetensors", lambda tensors, meta: meta["titles"].pop())
+    rewrite(copy["not_a_number"] / "transformer.safetensors", lambda tensors, meta: tensors["pos"].fill_(math.nan))
+    rewrite(copy["unsampled"] / "transformer.safetensors", lambda tensors, meta: meta["sample"].update(batch_size=0))
     shutil.copy(trained / "vae.safetensors", copy["swapped"] / "transformer.safetensors")
     return tmp_path
 
@@ -361,7 +371,10 @@ REPAINT = "--class 2 --num 1 --image photo.png"
     ("--class 2 --checkpoint widened", "architecture"), ("--class 2 --checkpoint pickled", "transformer.safetensors"),
     ("--class 2 --checkpoint keyless", "vae.safetensors"),
     ("--class 2 --checkpoint classless", "transformer.safetensors"),
-    ("--class 2 --checkpoint swapped", "transformer.safetensors"),
+    ("--class 2 --checkpoint swapped", "transformer.safetensors"), ("--class 2 --checkpoint untitled", "title"),
+    ("--class 2 --checkpoint not_a_number", "finite"), ("--class 2 --checkpoint unsampled", "batch_size"),
+    ("--class 2 --out a/000.png --out-dir a", "000.png"), ("--reconstruct photo.png --out photo.png", "photo.png"),
+    (f"{REPAINT} --region 0,0,8,8 --out ./photo.png", "photo.png"), ("--class 2 --exported empty", "--backend"),
     ("--class 2 --out file/x.png", "file"), ("--class 2 --out x.png --out-dir file", "file"),
     ("--class 2 --out empty", "empty"), ("--class 2 --colour red", "--colour"),
     pytest.param("--class 2 --device cuda", "cuda", marks=NO_GPU)])
@@ -381,17 +394,19 @@ def test_sample_refuses(call, trained, mistakes, arguments, expected):
     ("smoke --data empty", "empty"), ("smoke --data nowhere", "nowhere"), ("smoke --data broken", "broken"),
     ("smoke --data", "vae.steps=1 does not exist"),
     ("smoke --resume", "resume"), ("smoke --out file", "file"), ("smoke --official nowhere.pt", "nowhere.pt"),
-    ("smoke --official file.pt", "file.pt"), ("smoke --official file.pt --init file.pt", "--init"),
+    ("smoke --official file.pt", "file.pt"), ("smoke --official file.pt --data empty", "--data"), ("smoke --official file.pt --init file.pt", "--init"),
+    ("smoke vae.disc_layers=6", "disc_layers"), ("smoke like.foo=1", "like.foo"), ("smoke --out done", "--force"),
     pytest.param("smoke --device cuda", "cuda", marks=NO_GPU),
     pytest.param("smoke vae.perceptual_weight=1", "lpips", marks=NO_LPIPS)])
 def test_train_vae_refuses(call, tmp_path, arguments, expected):
     (tmp_path / "empty").mkdir()
     (tmp_path / "broken").mkdir()
-    for name in ("broken/a.jpg", "file", "file.pt"):
+    (tmp_path / "done").mkdir()
+    for name in ("broken/a.jpg", "file", "file.pt", "done/vae.safetensors"):
         (tmp_path / name).write_text("no picture")
     before = contents(tmp_path)
     arguments = arguments.split()
-    data = [] if "--data" in arguments else ["--data", PHOTOS]
+    data = [] if "--data" in arguments or "--official" in arguments else ["--data", PHOTOS]
     done = call("train_vae.py", *arguments, *data, "vae.steps=1", "vae.warmup=0", cwd=tmp_path)
     # the progress bar may stay
     last = [line for line in done.stderr.splitlines() if "reading images" not in line]
@@ -412,10 +427,13 @@ def test_a_mistake_ends_the_process_with_status_2_and_one_sentence(tmp_path, arg
     ("smoke", "vae.safetensors"), ("smoke --vae nowhere.safetensors", "nowhere.safetensors"),
     ("smoke --vae file", "file"),
     ("smoke --vae VAE --data flat", "cond=none"), ("smoke --vae VAE transformer.cond=text", "text"),
-    ("smoke --vae VAE transformer.d_model=40", "d_model"), ("smoke --vae VAE --resume", "resume")])
+    ("smoke --vae VAE transformer.d_model=40", "d_model"), ("smoke --vae VAE --resume", "resume"),
+    ("smoke --vae VAE sample.rounds=2000", "rounds"), ("smoke --vae VAE --out other", "another RQ-VAE")])
 def test_train_transformer_refuses(call, trained, tmp_path, arguments, expected):
     (tmp_path / "file").write_text("")
-    (tmp_path / "flat").mkdir()
+    (tmp_path / "flat").mkdir(), (tmp_path / "other").mkdir()
+    shutil.copy(trained / "vae.safetensors", tmp_path / "other")
+    rewrite(tmp_path / "other" / "vae.safetensors", lambda tensors, meta: tensors["quantizer.codebook"].add_(0.1))
     Image.new("RGB", (32, 32)).save(tmp_path / "flat" / "a.png")
     before = contents(tmp_path)
     arguments = arguments.replace("VAE", str(trained / "vae.safetensors")).split()

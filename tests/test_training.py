@@ -1,6 +1,7 @@
 """Training that is interrupted, resumed, spread over processes, and stopped by mistakes: real runs of the real scripts."""
 import contextlib
 import csv
+import fcntl
 import os
 import random
 import re
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -16,6 +18,7 @@ import torch
 from conftest import REPO, TESTS
 from safetensors.torch import load_file
 
+import drr
 import processes
 import training
 from drr import UserError
@@ -106,7 +109,7 @@ def test_a_run_killed_ten_times_at_random_is_the_uninterrupted_run(arguments, tm
             kills += 1
         finished(done)
         assert_same(tmp_path / "whole", out, stage)
-        assert not [p.name for p in out.iterdir() if p.name.startswith(".")]   # nothing half-written stays behind
+        assert not [p.name for p in out.iterdir() if p.name.startswith(".writing")]   # nothing half-written stays behind
         survived += 1
     assert resumed                                             # not every kill came before the first state
 
@@ -207,6 +210,41 @@ def test_other_settings_are_taken_by_force_and_said(resume):
     assert "vae.lr (was 0.0005, is 0.001)" in done.output and rows(resume.out, "vae")[-1]["step"] == "7"
 
 
+def test_a_second_training_in_the_same_folder_is_refused(resume):
+    half_written = resume.out / ".writing-1-vae_state_000000008.pt"
+    half_written.write_bytes(b"of the training that is at work")
+    with open(resume.out / ".lock", "w") as file:
+        fcntl.lockf(file, fcntl.LOCK_EX)
+        refused(resume("vae", "vae.steps=8"), "Another training")
+    assert half_written.exists()
+
+
+def test_a_copy_of_a_state_by_hand_is_left_alone(resume):
+    copy = shutil.copy(resume.out / "vae_state_000000004.pt", resume.out / "vae_state_best.pt")
+    finished(resume("vae", "vae.steps=7"))
+    assert rows(resume.out, "vae")[-1]["step"] == "7" and Path(copy).exists()
+
+
+def test_the_second_stage_lays_its_rqvae_beside_its_result(runs, smoke_vae):
+    *_, info = drr.load_checkpoint(runs / "transformer")                       # as sample.py does, and nothing copied by hand
+    assert info.classes
+    one, two = load_file(runs / "transformer" / "vae.safetensors"), load_file(smoke_vae)
+    assert all(torch.equal(one[k], two[k]) for k in two)
+
+
+@pytest.mark.parametrize("content", ["", "a,b\n1,2\n", "step,loss\nx,1\n"])
+def test_a_damaged_log_does_not_hinder(resume, content):
+    (resume.out / "vae.csv").write_text(content)
+    finished(resume("vae", "vae.steps=8"))
+    assert [row["step"] for row in rows(resume.out, "vae")] == ["7", "8"]
+
+
+def test_a_world_without_torchrun_is_refused(arguments, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(drr.UserError, match="torchrun"):
+        training.join_ranks(SimpleNamespace(device="cpu", precision="fp32"))
+
+
 def test_a_longer_run_needs_no_force(resume):
     done = finished(resume("transformer", "transformer.steps=8", "transformer.save_every=4"))
     assert "transformer.steps (was 6, is 8)" in done.output
@@ -220,8 +258,10 @@ def test_changed_data_is_noticed(resume, tmp_path):
     refused(resume("vae", "--data", tmp_path / "photos"), "the pictures in --data", "--force")
 
 
-def test_another_vae_is_noticed(resume, smoke_vae, tmp_path):
-    refused(resume("transformer", "--vae", resume.out / "vae.safetensors"), "the RQ-VAE")
+def test_another_vae_is_noticed(resume, runs):
+    refused(resume("transformer", "--vae", runs / "vae" / "vae.safetensors"), "another RQ-VAE")
+    (resume.out / "vae.safetensors").unlink()
+    refused(resume("transformer", "--vae", runs / "vae" / "vae.safetensors"), "the RQ-VAE", "--force")
 
 
 @pytest.mark.parametrize("state, override", [("transformer", ""), ("pickled", ""), ("whole", "vae.codebook_size=32"),
@@ -265,7 +305,7 @@ def test_a_full_disk_leaves_the_checkpoint_before_intact(runs, smoke_vae, tmp_pa
                            f"{stage}.steps=8"], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True)
     refused(SimpleNamespace(returncode=done.returncode, output=done.stderr), f"{stage}_state_000000008.pt", "space")
     assert {f.name: f.read_bytes() for f in (tmp_path / "run").glob("*_state_*")} == states
-    assert not [p.name for p in (tmp_path / "run").iterdir() if p.name.startswith(".")]
+    assert not [p.name for p in (tmp_path / "run").iterdir() if p.name.startswith(".writing")]
 
 
 # === Infinity =======================================================================================================
