@@ -434,10 +434,13 @@ class Log:
                     reader = csv.DictReader(f)
                     rows = [row for row in reader if None not in (*row, *row.values()) and int(row["step"]) <= start]
                     self.fields = list(reader.fieldnames or [])
+                if not self.fields:
+                    raise ValueError("it is empty")
             except (KeyError, ValueError, csv.Error) as error:
                 print(f"WARNING: {self.path} is damaged ({type(error).__name__}: {error}); it is now called {self.path.name}.damaged, "
                       "and a new log begins", file=sys.stderr)
                 self.path.rename(self.path.with_name(self.path.name + ".damaged"))
+                self.fields = None
                 return
             with replacing(self.path) as temporary, open(temporary, "w", newline="") as f:
                 writer = csv.DictWriter(f, self.fields)
