@@ -159,8 +159,8 @@ class OrtGraph:
         options = ort.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         options.log_severity_level = 3
-        # Four sessions and torch share the cores: threads that wait for work must not spin on them.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        # Four sessions and torch share the cores: threads may spin within a run, and not between runs.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
         wanted, providers = "CPUExecutionProvider", ["CPUExecutionProvider"]
         if device.type == "cuda":
             wanted = "CUDAExecutionProvider"

@@ -78,15 +78,15 @@ class DepthStep(nn.Module):
         v = v + t.depth_pos[position]                                       # (P, d_model)
         here = (self.depths == position)[:, None]                           # (D, 1)
         bias = torch.where(self.depths <= position, 0.0, -1e4).to(h.dtype)  # (D,): later positions are not seen
-        caches = []
-        for block, block_cache in zip(t.depthwise, cache.unbind()):
+        old, new = cache.flatten(0, 1).unbind(), []                         # key and value of the first block, of the second, ...
+        for i, block in enumerate(t.depthwise):
             q, k, v_ = block.qkv(block.ln1(v)).view(P, 3, t.heads, 1, t.head_dim).unbind(1)
-            k, v_ = torch.where(here, k, block_cache[0]), torch.where(here, v_, block_cache[1])     # (P, heads, D, head_dim)
+            k, v_ = torch.where(here, k, old[2 * i]), torch.where(here, v_, old[2 * i + 1])         # (P, heads, D, head_dim)
             scores = q * t.head_dim ** -0.5 @ k.transpose(-2, -1) + bias                            # (P, heads, 1, D)
             v = v + block.proj((scores.softmax(-1) @ v_).reshape(P, -1))
             v = v + block.fc2(F.gelu(block.fc1(block.ln2(v))))
-            caches.append(torch.stack([k, v_]))
-        return t.classifier(t.ln(v)).float(), torch.stack(caches)
+            new += [k, v_]
+        return t.classifier(t.ln(v)).float(), torch.stack(new).view_as(cache)
 
 
 class Decoder(nn.Module):
@@ -114,12 +114,27 @@ class Float32Norm(nn.Module):
         return self.norm(x.float()).to(x.dtype)
 
 
-def lowered(transformer, dtype):
-    """A copy of the transformer in `dtype`, its normalizations in float32. The transformer itself for float32."""
-    if dtype == torch.float32:
-        return transformer
-    transformer = copy.deepcopy(transformer).to(dtype)
-    for module in list(transformer.modules()):
+class Rows(nn.Module):
+    """A linear layer as one product of two matrices: ONNX Runtime adds the bias of those in the same pass."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.linear = linear
+
+    def forward(self, x):
+        return self.linear(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
+
+
+def for_export(transformer, dtype):
+    """A copy of the transformer in `dtype`, its normalizations in float32 and its linear layers as `Rows`. In float32 it
+    shares the weights."""
+    weights = {} if dtype != torch.float32 else {id(t): t for t in (*transformer.parameters(), *transformer.buffers())}
+    transformer = copy.deepcopy(transformer, weights).to(dtype)
+    for block in transformer.spatial:
+        for name, child in list(block.named_children()):
+            if isinstance(child, nn.Linear):
+                setattr(block, name, Rows(child))
+    for module in list(transformer.modules()) if dtype != torch.float32 else ():
         for name, child in module.named_children():
             if isinstance(child, nn.LayerNorm):
                 setattr(module, name, Float32Norm(child))
@@ -319,7 +334,7 @@ def export(vae, transformer, info, directory, precision, max_batch):
         with tqdm(total=3 * len(backends.GRAPHS), desc="exporting", unit="step") as bar:
             for name, graph in manifest["graphs"].items():
                 bar.set_postfix_str(f"{name}: writing")
-                t = lowered(transformer, DTYPES[precision]) if name in ("spatial", "depth") else None
+                t = for_export(transformer, DTYPES[precision]) if name in ("spatial", "depth") else None
                 module = {"spatial": lambda: Spatial(t), "depth": lambda: DepthStep(t), "decoder": lambda: Decoder(vae),
                           "encoder": lambda: Encoder(vae)}[name]()
                 write_graph(module.eval(), graph, example(graph, min(3, graph["max_rows"]), manifest["model"],

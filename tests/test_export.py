@@ -186,9 +186,9 @@ def test_a_damaged_manifest_is_one_sentence(out, text):
 # === sample.py --backend ============================================================================================
 @pytest.fixture
 def draw(exported, tmp_path):
-    def call(*arguments, folder=exported[1], checkpoint=()):
-        return execute("sample.py", "--class", "n02", "--num", 3, "--out", "p.png", "--precision", "fp32", "--exported", folder,
-                       *checkpoint, *arguments, cwd=tmp_path)
+    def call(*arguments, folder=("--exported", exported[1])):
+        return execute("sample.py", "--class", "n02", "--num", 3, "--out", "p.png", "--precision", "fp32", *folder, *arguments,
+                       cwd=tmp_path)
     return call
 
 
@@ -196,7 +196,7 @@ def test_sampling_from_graphs_gives_pytorchs_picture(draw, exported, tmp_path):
     done = draw("--backend", "onnx")
     assert done.returncode == 0 and "(onnx, cpu, fp32)" in done.stdout, done.stderr
     ours = sample.np.array(sample.Image.open(tmp_path / "p.png")).astype(int)
-    done = draw("--backend", "torch", checkpoint=("--checkpoint", exported[0]))
+    done = draw("--backend", "torch", folder=("--checkpoint", exported[0]))
     assert done.returncode == 0, done.stderr
     theirs = sample.np.array(sample.Image.open(tmp_path / "p.png")).astype(int)
     assert abs(ours - theirs).max() <= 1                           # rounding to 8 bits
@@ -221,9 +221,9 @@ def refused(done, *words):
 
 @pytest.mark.parametrize("exported", [4], indirect=True, ids=["D=4"])
 def test_mistakes_with_exported_models_are_one_sentence(draw, tmp_path):
-    refused(draw("--backend", "onnx", folder=tmp_path / "nothing"), "export.py")
+    refused(draw("--backend", "onnx", folder=("--exported", tmp_path / "nothing")), "export.py")
     other = make_checkpoint(tmp_path / "other", seed=1)
-    refused(draw("--backend", "onnx", checkpoint=("--checkpoint", other)), "another checkpoint")
+    refused(draw("--backend", "onnx", "--checkpoint", other), "another checkpoint")
     refused(draw("--backend", "onnx", "--precision", "bf16"), "fp32")
     assert not (tmp_path / "p.png").exists()
 
