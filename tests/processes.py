@@ -34,6 +34,7 @@ for line in sys.stdin:                       # answers with the pid, then with t
         for number, path in ((1, task["out"]), (2, task["err"])):
             os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
         os.chdir(task["cwd"])
+        sys.modules.update(dict.fromkeys(task["without"]))         # those are not found
         sys.argv = task["arguments"]
         runpy.run_path(sys.argv[0], run_name="__main__")
         sys.exit()
@@ -52,12 +53,14 @@ def server():
     return process, folder
 
 
-def start(script, *arguments, cwd):
-    """Begins `python SCRIPT ARGUMENTS`, a script of this repository, and returns its process number; one at a time."""
+def start(script, *arguments, cwd, without=()):
+    """Begins `python SCRIPT ARGUMENTS`, a script of this repository, and returns its process number; one at a time.
+    without: modules that it shall not find."""
     process, folder = server()
     out, err = (str(Path(folder.name, name)) for name in ("out", "err"))
     arguments = [str(REPO / script), *map(str, arguments)]
-    print(json.dumps({"arguments": arguments, "cwd": str(cwd), "out": out, "err": err}), file=process.stdin, flush=True)
+    task = {"arguments": arguments, "cwd": str(cwd), "out": out, "err": err, "without": without}
+    print(json.dumps(task), file=process.stdin, flush=True)
     return int(process.stdout.readline())
 
 
@@ -72,10 +75,10 @@ def wait(pid):
     return SimpleNamespace(returncode=returncode, stdout=out, stderr=err, output=out + err)
 
 
-def execute(first, *arguments, cwd):
+def execute(first, *arguments, cwd, without=()):
     """Runs `python ARGUMENTS`, the first being a script of this repository or `-c`, which gets a Python without anything."""
     if first != "-c":
-        return wait(start(first, *arguments, cwd=cwd))
+        return wait(start(first, *arguments, cwd=cwd, without=without))
     return subprocess.run([sys.executable, first, *map(str, arguments)], cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True,
                           timeout=SECONDS)
 

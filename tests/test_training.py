@@ -46,8 +46,11 @@ def assert_same(a, b, stage):
 
 
 # === A short run of either stage ====================================================================================
-def train(stage, *arguments):
-    return processes.execute(f"train_{stage}.py", *arguments, cwd=REPO)
+WITHOUT_PLOTS = ("matplotlib",)                            # they take as long as the training
+
+
+def train(stage, *arguments, without=WITHOUT_PLOTS):
+    return processes.execute(f"train_{stage}.py", *arguments, cwd=REPO, without=without)
 
 
 def finished(done):
@@ -98,7 +101,7 @@ def test_a_run_killed_ten_times_at_random_is_the_uninterrupted_run(arguments, tm
         while True:
             resume = ["--resume"] if list(out.glob(f"{stage}_state_*.pt")) else []
             resumed += len(resume)
-            pid = processes.start(f"train_{stage}.py", *arguments(stage, out, *resume), cwd=REPO)
+            pid = processes.start(f"train_{stage}.py", *arguments(stage, out, *resume), cwd=REPO, without=WITHOUT_PLOTS)
             if kills < 10:
                 time.sleep(moment.uniform(0.2, 1) * whole)
                 with contextlib.suppress(ProcessLookupError):    # it had finished
@@ -116,7 +119,8 @@ def test_a_run_killed_ten_times_at_random_is_the_uninterrupted_run(arguments, tm
 
 def test_sigterm_saves_first_and_says_so(arguments, tmp_path):
     finished(train("vae", *arguments("vae", tmp_path / "whole")))
-    pid = processes.start("train_vae.py", *arguments("vae", tmp_path / "parts", "vae.save_every=100"), cwd=REPO)
+    pid = processes.start("train_vae.py", *arguments("vae", tmp_path / "parts", "vae.save_every=100"), cwd=REPO,
+                          without=WITHOUT_PLOTS)
     while not (tmp_path / "parts" / "vae.csv").exists() or len(rows(tmp_path / "parts", "vae")) < 3:
         time.sleep(0.01)
     os.kill(pid, signal.SIGTERM)
@@ -455,10 +459,10 @@ def test_recomputation_changes_nothing(arguments, tmp_path):
 def test_a_plot_that_fails_does_not_stop_a_training(arguments, tmp_path):
     pytest.importorskip("matplotlib", reason="matplotlib is not installed (requirements-train.txt)")
     (tmp_path / "vae.csv").write_text("")
-    done = finished(train("transformer", *arguments("transformer", tmp_path, steps=2)))
+    done = finished(train("transformer", *arguments("transformer", tmp_path, steps=2), without=()))
     assert "WARNING: plots.png was not drawn" in done.output
     (tmp_path / "vae.csv").unlink()
-    finished(train("transformer", *arguments("transformer", tmp_path, "--force", steps=2)))
+    finished(train("transformer", *arguments("transformer", tmp_path, "--force", steps=2), without=()))
     assert (tmp_path / "plots.png").exists()
 
 
