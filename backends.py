@@ -21,7 +21,7 @@ import drr
 from drr import UserError
 
 GRAPHS = ("spatial", "depth", "decoder", "encoder")
-MANIFEST_VERSION = 1
+MANIFEST_VERSION = 2
 ONNX_TYPES = {"float32": 1, "int64": 7, "bool": 9, "float16": 10, "bfloat16": 16}      # onnx.TensorProto's numbers
 
 
@@ -101,17 +101,20 @@ class ExportedModel:
     def padded(self, name, *tensors):
         """Tensors (rows, ...), filled up with rows of zeros to the next power of two, so that few different shapes occur:
         TensorRT has a CUDA graph for each. No row of a graph looks at another: what is filled in changes nothing but rounding."""
-        rows, most = len(tensors[0]), self.graphs[name].graph["max_rows"]
+        rows, most = len(tensors[0]), self.graphs[name].graph["most"]["rows"]
         if rows > most:
             raise UserError(f"The exported {name} graph takes at most {most} rows at a time and got {rows}; sample at most "
                             f"{self.max_batch} pictures at once, or export with a larger --max-batch.")
-        size = min(2 ** math.ceil(math.log2(rows)), most)
+        size = bucket(rows, most)
         return [t if size == rows else F.pad(t, (0, 0) * (t.dim() - 1) + (0, size - rows)) for t in tensors]
 
     @torch.inference_mode()
     def context(self, codes, mask, cond, positions=None):
-        h = self.graphs["spatial"](*self.padded("spatial", codes, mask, cond))[0][:len(codes)]
-        return h if positions is None else drr.pick(h, positions)
+        if positions is None:
+            positions = torch.arange(self.positions, device=codes.device).expand(len(codes), -1)
+        B, n = positions.shape
+        positions = F.pad(positions, (0, bucket(n, self.positions) - n))
+        return self.graphs["spatial"](*self.padded("spatial", codes, mask, cond, positions))[0][:B, :n]
 
     @torch.inference_mode()
     def depth_step(self, h, stacks, d, cache):
@@ -131,16 +134,21 @@ class ExportedModel:
         return self.graphs["encoder"](*self.padded("encoder", images))[0][:len(images)].clone()
 
 
+def bucket(n, most):
+    """The next power of two, and at most `most`."""
+    return min(2 ** math.ceil(math.log2(n)), most)
+
+
 def check_inputs(inputs, entries):
     """The feeding side's mistakes are ours, not the user's."""
     for x, (name, _, dtype) in zip(inputs, entries, strict=True):
         assert x.dtype == getattr(torch, dtype), f"{name} is {x.dtype}, the graph expects {dtype}"
 
 
-def output_shapes(inputs, outputs):
-    """Shapes of the outputs, with the number of rows that the inputs have."""
-    rows = len(inputs[0])
-    return [[rows if n == "rows" else n for n in shape] for _, shape, _ in outputs]
+def output_shapes(inputs, graph):
+    """Shapes of the outputs, their dynamic dimensions as large as the inputs'."""
+    sizes = {n: size for x, (_, shape, _) in zip(inputs, graph["inputs"]) for n, size in zip(shape, x.shape)}
+    return [[sizes[n] if isinstance(n, str) else n for n in shape] for _, shape, _ in graph["outputs"]]
 
 
 # === ONNX Runtime ===================================================================================================
@@ -180,7 +188,7 @@ class OrtGraph:
     def __call__(self, *inputs):
         check_inputs(inputs, self.graph["inputs"])
         inputs = [x.contiguous() for x in inputs]
-        shapes = output_shapes(inputs, self.graph["outputs"])
+        shapes = output_shapes(inputs, self.graph)
         outputs = [torch.empty(shape, dtype=getattr(torch, dtype), device=self.device)
                    for shape, (_, _, dtype) in zip(shapes, self.graph["outputs"])]
         binding = self.session.io_binding()
@@ -222,10 +230,11 @@ def engine_folder(directory):
 
 
 def profiles(graph):
-    """The two numbers of rows that an engine is optimized for, few and many: [min, opt, max] each."""
-    most = graph["max_rows"]
-    few = min(64 if graph["file"] == "depth.onnx" else 4, most)
-    return [[1, max(1, few // 2), few], [1, max(1, most // 4), most]]
+    """What an engine is optimized for, few rows and many: two dictionaries of each dynamic dimension's [min, opt, max]."""
+    most = graph["most"]
+    few = min(64 if graph["file"] == "depth.onnx" else 4, most["rows"])
+    others = {name: [1, max(1, n // 8), n] for name, n in most.items()}
+    return [{**others, "rows": [1, max(1, few // 2), few]}, {**others, "rows": [1, max(1, most["rows"] // 4), most["rows"]]}]
 
 
 def engine_key(trt, manifest, name, level):
@@ -266,10 +275,10 @@ def read_plan(trt, folder, manifest, name):
 
 
 class TrtGraph:
-    """One engine. What it returns stays valid until the next call with as many rows.
+    """One engine. What it returns stays valid until the next call with the same shapes.
 
-    DEVIATION from one context per profile: every number of rows has its own buffers, execution context and CUDA graph, made
-    when it first comes. To change a context after its work was captured would leave the captured graph undefined.
+    DEVIATION from one context per profile: all shapes have their own buffers, execution context and CUDA graph, made
+    when they first come. To change a context after its work was captured would leave the captured graph undefined.
     """
 
     def __init__(self, trt, plan, manifest, name, device):
@@ -278,7 +287,7 @@ class TrtGraph:
         self.engine = self.runtime.deserialize_cuda_engine(plan)
         self.must(self.engine is not None, "load its engine")
         self.tensors = {self.engine.get_tensor_name(i) for i in range(self.engine.num_io_tensors)}
-        self.prepared = {}                                       # number of rows -> what `prepare` returns
+        self.prepared = {}                                       # shapes of the inputs -> what `prepare` returns
 
     def must(self, done, doing):
         if not done:
@@ -287,22 +296,22 @@ class TrtGraph:
 
     def __call__(self, *inputs):
         check_inputs(inputs, self.graph["inputs"])
-        rows = len(inputs[0])
-        if rows not in self.prepared:
-            self.prepared[rows] = self.prepare(inputs)
-        cuda_graph, static_inputs, outputs, _ = self.prepared[rows]
+        shapes = tuple(x.shape for x in inputs)
+        if shapes not in self.prepared:
+            self.prepared[shapes] = self.prepare(inputs)
+        cuda_graph, static_inputs, outputs, _ = self.prepared[shapes]
         for static, x in zip(static_inputs, inputs):
             static.copy_(x)
         cuda_graph.replay()
         return outputs
 
     def prepare(self, inputs):
-        """CUDA graph, input and output buffers for the number of rows that the inputs have, and what must stay alive."""
-        profile = next(i for i, (_, _, most) in enumerate(profiles(self.graph)) if len(inputs[0]) <= most)
+        """CUDA graph, input and output buffers for the shapes of the inputs, and what must stay alive."""
+        profile = next(i for i, p in enumerate(profiles(self.graph)) if len(inputs[0]) <= p["rows"][2])
         context = self.engine.create_execution_context(self.trt.ExecutionContextAllocationStrategy.USER_MANAGED)
         self.must(context is not None, "make an execution context")
         static_inputs = [x.clone(memory_format=torch.contiguous_format) for x in inputs]      # torch aligns to 512 bytes
-        shapes = output_shapes(inputs, self.graph["outputs"])
+        shapes = output_shapes(inputs, self.graph)
         outputs = [torch.empty(shape, dtype=getattr(torch, dtype), device=self.device)
                    for shape, (_, _, dtype) in zip(shapes, self.graph["outputs"])]
         stream = torch.cuda.Stream(self.device)

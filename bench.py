@@ -25,8 +25,8 @@ from tqdm import tqdm
 import drr
 import estimate
 import fast
-from common import (BUNDLED, HERE, PRECISIONS, add_device_arguments, load_config, matrix_rate, pick_device, random_checkpoint, run,
-                    sampling_values, synchronize)
+from common import (BUNDLED, HERE, PRECISIONS, add_device_arguments, load_config, matrix_rate, peak_ram, pick_device, random_checkpoint,
+                    run, sampling_values, synchronize)
 from drr import UserError
 
 PAPERS = ("order=random", "draft_pool=1", "draft_growing=false", "draft_ramp=false", "revise_share=1", "revise_better=false")
@@ -80,10 +80,7 @@ def peak_memory(device):
     it began."""
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device) / 2 ** 20      # with what captured graphs keep for themselves
-    status = Path("/proc/self/status")
-    if status.exists():
-        return int(next(line for line in status.read_text().splitlines() if line.startswith("VmHWM")).split()[1]) / 2 ** 10
-    return estimate.used_memory(device) / 2 ** 20
+    return peak_ram() / 2 ** 20
 
 
 # === Decoding =======================================================================================================

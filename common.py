@@ -4,6 +4,7 @@ import difflib
 import io
 import math
 import os
+import re
 import signal
 import statistics
 import sys
@@ -155,6 +156,18 @@ def random_checkpoint(preset):
 
 # === Command line, errors, devices ==================================================================================
 MEMORY_FULL = "The memory is full; lower batch_size, or for training set data.in_memory=false."
+
+
+def peak_ram():
+    """The most bytes of RAM that this process has held so far. Raises UserError on Windows, which does not say."""
+    status = Path("/proc/self/status")
+    if status.exists():                              # Linux, whose getrusage counts the memory of the starting process, too
+        return int(re.search(r"VmHWM:\s*(\d+)", status.read_text())[1]) * 1024
+    try:
+        import resource
+    except ImportError:
+        raise UserError("Memory is measured on a GPU, or on Linux and macOS; use --device cuda.") from None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss        # macOS: bytes
 
 
 def run(main):

@@ -11,7 +11,6 @@ import argparse
 import gc
 import math
 import re
-import sys
 import time
 import weakref
 from contextlib import contextmanager, nullcontext
@@ -29,7 +28,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 import drr
-from common import HERE, add_device_arguments, autocast, load_config, matrix_rate, pick_device, run, synchronize
+from common import HERE, add_device_arguments, autocast, load_config, matrix_rate, peak_ram, pick_device, run, synchronize
 from drr import UserError
 
 CLASSES = 1000      # of ImageNet; the estimate does not look at the data, and a class is only one more embedding
@@ -215,13 +214,7 @@ def micro_batch(name, c, world):
 # === One real step, to see whether all that is true =================================================================
 def used_memory(device):
     """The most bytes that this process has held so far: on the GPU, or in RAM."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    try:
-        import resource
-    except ImportError:
-        raise UserError("--check measures memory on a GPU, or on Linux and macOS; use --device cuda.") from None
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_ram()
 
 
 def check(stage, config, batch, device, dtype):

@@ -5,12 +5,12 @@
     python export.py --trt                      # also TensorRT engines, on a machine with an NVIDIA GPU
     python sample.py --class 980 --backend trt
 
-    spatial   codes (B, N, D), mask (B, N), cond (B, L)                -> context (B, N, d_model)
-    depth     h (P, d_model), stacks (P, D), position (1,), cache      -> logits (P, K), cache; called D times a stack
-    decoder   codes (B, N, D)                                          -> images (B, 3, S, S)
-    encoder   images (B, 3, S, S)                                      -> codes (B, N, D)
+    spatial   codes (B, N, D), mask (B, N), cond (B, L), positions (B, n)   -> context (B, n, d_model)
+    depth     h (P, d_model), stacks (P, D), position (1,), cache           -> logits (P, K), cache; called D times a stack
+    decoder   codes (B, N, D)                                               -> images (B, 3, S, S)
+    encoder   images (B, 3, S, S)                                           -> codes (B, N, D)
 
-B pictures or P selected positions, the rows of a graph, are its one dynamic dimension. The loop of Draft-and-Revise, and
+Dynamic are B pictures or P selected positions, the rows of a graph, and the n positions selected in each picture. The loop of Draft-and-Revise, and
 every random number, stay in Python (drr.py): one loop for all backends, and the same seed gives the same picture.
 """
 import argparse
@@ -38,7 +38,7 @@ from tqdm import tqdm
 
 import backends
 import drr
-from common import BUNDLED, HERE, random_checkpoint, run, sampling_values
+from common import BUNDLED, HERE, peak_ram, random_checkpoint, run, sampling_values
 from drr import UserError
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -55,8 +55,8 @@ class Spatial(nn.Module):
         super().__init__()
         self.transformer = transformer
 
-    def forward(self, codes, mask, cond):
-        return self.transformer.context(codes, mask, cond)
+    def forward(self, codes, mask, cond, positions):
+        return self.transformer.context(codes, mask, cond, positions)
 
 
 class DepthStep(nn.Module):
@@ -114,15 +114,11 @@ class Float32Norm(nn.Module):
         return self.norm(x.float()).to(x.dtype)
 
 
-class Rows(nn.Module):
+class Rows(nn.Linear):
     """A linear layer as one product of two matrices: ONNX Runtime adds the bias of those in the same pass."""
 
-    def __init__(self, linear):
-        super().__init__()
-        self.linear = linear
-
     def forward(self, x):
-        return self.linear(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
+        return super().forward(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
 
 
 def for_export(transformer, dtype):
@@ -130,10 +126,9 @@ def for_export(transformer, dtype):
     shares the weights."""
     weights = {} if dtype != torch.float32 else {id(t): t for t in (*transformer.parameters(), *transformer.buffers())}
     transformer = copy.deepcopy(transformer, weights).to(dtype)
-    for block in transformer.spatial:
-        for name, child in list(block.named_children()):
-            if isinstance(child, nn.Linear):
-                setattr(block, name, Rows(child))
+    for module in transformer.spatial.modules():
+        if isinstance(module, nn.Linear):
+            module.__class__ = Rows
     for module in list(transformer.modules()) if dtype != torch.float32 else ():
         for name, child in module.named_children():
             if isinstance(child, nn.LayerNorm):
@@ -147,8 +142,8 @@ def source_hash():
 
 
 def describe(vae, transformer, info, precision, max_batch):
-    """The manifest without its hashes: what the graphs are, and their inputs and outputs as [name, shape, type]. "rows" in
-    a shape is the dynamic dimension, at most `max_rows`."""
+    """The manifest without its hashes: what the graphs are, and their inputs and outputs as [name, shape, type]. The
+    dimensions with names, in a shape, are dynamic, from 1 to `most`."""
     t, (K, _) = transformer, transformer.codebook.shape
     N, D, d, S = t.positions, t.depth, t.ln.weight.numel(), vae.size
     kind = str(DTYPES[precision]).removeprefix("torch.")
@@ -156,15 +151,16 @@ def describe(vae, transformer, info, precision, max_batch):
     codes, images = ["codes", ["rows", N, D], "int64"], ["images", ["rows", 3, S, S], "float32"]
     pictures, guided = max_batch, 2 * max_batch                     # guidance doubles the transformer's batch
     graphs = {
-        "spatial": {"opset": 20, "max_rows": guided,
-                    "inputs": [codes, ["mask", ["rows", N], "bool"], ["cond", ["rows", t.cond_length], "int64"]],
-                    "outputs": [["context", ["rows", N, d], kind]]},
-        "depth": {"opset": 20, "max_rows": guided * N,
+        "spatial": {"opset": 20, "most": {"rows": guided, "selected": N},
+                    "inputs": [codes, ["mask", ["rows", N], "bool"], ["cond", ["rows", t.cond_length], "int64"],
+                               ["positions", ["rows", "selected"], "int64"]],
+                    "outputs": [["context", ["rows", "selected", d], kind]]},
+        "depth": {"opset": 20, "most": {"rows": guided * N},
                   "inputs": [["h", ["rows", d], kind], ["stacks", ["rows", D], "int64"], ["position", [1], "int64"],
                              ["cache", cache, kind]],
                   "outputs": [["logits", ["rows", K], "float32"], ["new_cache", cache, kind]]},
-        "decoder": {"opset": 22, "max_rows": pictures, "inputs": [codes], "outputs": [images]},
-        "encoder": {"opset": 22, "max_rows": pictures, "inputs": [images], "outputs": [codes]}}
+        "decoder": {"opset": 22, "most": {"rows": pictures}, "inputs": [codes], "outputs": [images]},
+        "encoder": {"opset": 22, "most": {"rows": pictures}, "inputs": [images], "outputs": [codes]}}
     for name, graph in graphs.items():
         graph["file"] = f"{name}.onnx"
     return {"version": backends.MANIFEST_VERSION, "source": source_hash(), "precision": precision, "max_batch": max_batch,
@@ -176,14 +172,15 @@ def describe(vae, transformer, info, precision, max_batch):
 
 
 # === Writing: module -> DIR/NAME.onnx and NAME.onnx.data ============================================================
-def example(graph, rows, model, codebook_size, seed=0):
-    """Inputs of a graph with so many rows: random codes, masks and conditions, normal numbers for the rest."""
+def example(graph, size, model, codebook_size, seed=0):
+    """Inputs of a graph whose dynamic dimensions are `size`, or as large as they may be: random codes, masks, conditions and
+    positions, normal numbers for the rest."""
     generator = torch.Generator().manual_seed(seed)
     result = []
     for name, shape, dtype in graph["inputs"]:
-        shape = [rows if n == "rows" else n for n in shape]
+        shape = [min(size, graph["most"][n]) if isinstance(n, str) else n for n in shape]
         if dtype == "int64":
-            high = {"cond": model["null"] + 1, "position": 1}.get(name, codebook_size)
+            high = {"cond": model["null"] + 1, "position": 1, "positions": model["positions"]}.get(name, codebook_size)
             result.append(torch.randint(high, shape, generator=generator))
         elif dtype == "bool":
             result.append(torch.rand(shape, generator=generator) < 0.5)
@@ -193,10 +190,10 @@ def example(graph, rows, model, codebook_size, seed=0):
 
 
 def write_graph(module, graph, inputs, directory):
-    """torch.onnx.export with a dynamic number of rows; weights go to a second file beside the graph."""
-    rows = torch.export.Dim("rows", min=1, max=max(2, graph["max_rows"]))        # --max-batch 1: not dynamic
-    dynamic = tuple({i: rows for i, n in enumerate(shape) if n == "rows" and graph["max_rows"] > 1}
-                    for _, shape, _ in graph["inputs"])
+    """torch.onnx.export with dynamic dimensions; weights go to a second file beside the graph."""
+    dims = {name: torch.export.Dim(name, min=1, max=most) for name, most in graph["most"].items()
+            if most > 1}                                                         # --max-batch 1: not dynamic
+    dynamic = tuple({i: dims[n] for i, n in enumerate(shape) if n in dims} for _, shape, _ in graph["inputs"])
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
         warnings.simplefilter("ignore")
         torch.onnx.export(module, tuple(inputs), directory / graph["file"], dynamo=True, opset_version=graph["opset"],
@@ -207,10 +204,10 @@ def write_graph(module, graph, inputs, directory):
 
 # === Checking: the same inputs through ONNX Runtime and through PyTorch in float32 ==================================
 @torch.inference_mode()
-def compare(name, run_graph, graph, vae, transformer, model, rows):
+def compare(name, run_graph, graph, vae, transformer, model, size):
     """The largest difference between a graph and PyTorch in float32, and the standard deviation of PyTorch's output."""
     K = len(transformer.codebook)
-    inputs = example(graph, rows, model, K)
+    inputs = example(graph, size, model, K)
     if name == "spatial":
         ours, theirs = run_graph(*inputs)[0], transformer.context(*inputs)
     elif name == "depth":                                          # all depths of a stack, through the cache
@@ -223,7 +220,7 @@ def compare(name, run_graph, graph, vae, transformer, model, rows):
     elif name == "decoder":
         ours, theirs = run_graph(*inputs)[0], vae.decode(*inputs)
     else:                                                          # pictures, not noise: what random codes decode to
-        images = vae.decode(torch.randint(K, (rows, model["positions"], model["depth"]),
+        images = vae.decode(torch.randint(K, (len(inputs[0]), model["positions"], model["depth"]),
                                           generator=torch.Generator().manual_seed(1))).clamp(-1, 1)
         return (run_graph(images)[0] != vae.encode(images)).float().mean().item(), 1.0
     difference = (ours.float() - theirs).abs().max().item()
@@ -233,7 +230,7 @@ def compare(name, run_graph, graph, vae, transformer, model, rows):
 
 
 def verify(name, directory, manifest, vae, transformer, sizes=(1, 2, 5)):
-    """onnx.checker in full, then `compare` at several numbers of rows. Records the largest difference in the manifest and
+    """onnx.checker in full, then `compare` at several sizes of its dynamic dimensions. Records the largest difference in the manifest and
     returns a line about it; raises UserError when it is over the bound."""
     import onnx
 
@@ -254,7 +251,7 @@ def verify(name, directory, manifest, vae, transformer, sizes=(1, 2, 5)):
     def run_graph(*inputs):
         return [x.cpu() for x in session(*(x.to(device) for x in inputs))]
 
-    rows = sorted({min(n, graph["max_rows"]) for n in sizes})
+    rows = sorted({min(n, graph["most"]["rows"]) for n in sizes})
     results = [compare(name, run_graph, graph, vae, transformer, manifest["model"], n) for n in rows]
     scale = max(s for _, s in results) if lowered_graph else max(1.0, max(s for _, s in results) / 10)
     difference, bound = max(d for d, _ in results), BOUNDS.get(name, BOUNDS[precision]) * scale
@@ -337,8 +334,7 @@ def export(vae, transformer, info, directory, precision, max_batch):
                 t = for_export(transformer, DTYPES[precision]) if name in ("spatial", "depth") else None
                 module = {"spatial": lambda: Spatial(t), "depth": lambda: DepthStep(t), "decoder": lambda: Decoder(vae),
                           "encoder": lambda: Encoder(vae)}[name]()
-                write_graph(module.eval(), graph, example(graph, min(3, graph["max_rows"]), manifest["model"],
-                                                          len(transformer.codebook)), partial)
+                write_graph(module.eval(), graph, example(graph, 3, manifest["model"], len(transformer.codebook)), partial)
                 del module, t
                 gc.collect()
                 bar.update()
@@ -397,12 +393,12 @@ def build_engine(trt, onnx_file, graph, level, timing_cache):
     cache = config.create_timing_cache(known)
     if cache is None or not config.set_timing_cache(cache, ignore_mismatch=False):
         config.set_timing_cache(config.create_timing_cache(b""), ignore_mismatch=False)      # of another TensorRT or GPU
-    for row_range in backends.profiles(graph):
+    for ranges in backends.profiles(graph):
         profile = builder.create_optimization_profile()
         for name, shape, _ in graph["inputs"]:
-            profile.set_shape(name, *([rows if n == "rows" else n for n in shape] for rows in row_range))
+            profile.set_shape(name, *([ranges[n][i] if n in ranges else n for n in shape] for i in range(3)))
         if config.add_optimization_profile(profile) < 0:
-            raise UserError(f"TensorRT {trt.__version__} refuses the shapes {row_range} of {onnx_file}.")
+            raise UserError(f"TensorRT {trt.__version__} refuses the shapes {ranges} of {onnx_file}.")
     plan = builder.build_serialized_network(network, config)
     if plan is None:
         raise UserError(f"TensorRT {trt.__version__} could not build an engine of {onnx_file}; its messages above say why.")
@@ -441,8 +437,7 @@ def memory_used(device):
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info()
         return total - free
-    import resource                                                 # not on Windows
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return peak_ram()
 
 
 def start_worker(args, kind):

@@ -6,8 +6,10 @@ import sys
 import pytest
 import torch
 
+import common
 import estimate
 from common import load_config
+from processes import run
 
 CPU = torch.device("cpu")
 SIZES = {"vae": ["vae.ch=32", "vae.perceptual_weight=1"], "transformer": ["transformer.d_model=128"]}
@@ -135,3 +137,9 @@ def test_the_script(monkeypatch, capsys):
     for words in (["--check"], ["smoke", "--gpus", "0"], ["smoke", "--mfu", "2"], ["smoke", "vae.chh=3"]):
         with pytest.raises(estimate.UserError):
             execute(*words)
+
+
+def test_the_memory_of_the_starting_process_does_not_count(tmp_path):
+    held = torch.ones(100_000_000)                                 # 0.4 GB
+    child = int(run("-c", "import common; print(common.peak_ram())", cwd=tmp_path).stdout)
+    assert child < common.peak_ram() - held.nbytes / 2

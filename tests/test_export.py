@@ -70,6 +70,9 @@ def test_context_equals_pytorch(pair, rows):
     expected = ours.context(codes, mask, cond)
     torch.testing.assert_close(onnx.context(codes, mask, cond), expected, atol=1e-4, rtol=0)
     assert expected.std() > 0.1
+    for selected in (1, 2, 5):                                     # 5 are filled up to 8
+        positions = torch.rand(rows, 64, generator=g).argsort(1)[:, :selected]
+        torch.testing.assert_close(onnx.context(codes, mask, cond, positions), drr.pick(expected, positions), atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 5])
@@ -151,7 +154,7 @@ def test_manifest_says_what_the_graphs_are(exported):
         model = onnx.load(exported[1] / entry["file"], load_external_data=False)
         assert model.opset_import[0].version == entry["opset"]
         for side, values in (("inputs", model.graph.input), ("outputs", model.graph.output)):
-            found = [(v.name, [d.dim_value or "rows" for d in v.type.tensor_type.shape.dim]) for v in values]
+            found = [(v.name, [d.dim_value or d.dim_param for d in v.type.tensor_type.shape.dim]) for v in values]
             assert found == [(n, shape) for n, shape, _ in entry[side]]
         assert entry["max_difference"] < 1e-3
     assert {"torch", "onnx", "onnxruntime", "onnxscript"} <= manifest["versions"].keys()
@@ -336,8 +339,8 @@ def test_a_first_export_that_fails_leaves_nothing(exported, tmp_path, monkeypatc
 
 @pytest.mark.parametrize("exported", [4], indirect=True, ids=["D=4"])
 def test_a_graph_over_its_bound_is_an_error(exported, tmp_path, monkeypatch):
-    monkeypatch.setattr(export.Spatial, "forward",
-                        lambda self, codes, mask, cond: self.transformer.context(codes, mask, cond) + 0.01)
+    monkeypatch.setattr(export.Spatial, "forward", lambda self, codes, mask, cond, positions:
+                        self.transformer.context(codes, mask, cond, positions) + 0.01)
     with pytest.raises(drr.UserError, match="spatial"):
         export.export(*drr.load_checkpoint(exported[0]), tmp_path / "out", "fp32", 2)
     assert list(tmp_path.iterdir()) == []
