@@ -65,6 +65,13 @@ def read_manifest(directory):
     return manifest
 
 
+def leave_cores_free(device):
+    """Beside ONNX Runtime on a CPU: torch's threads wait for work by spinning, on the cores that the sessions' threads need. What
+    torch has to do between them is small: one thread from here on. After `load`, which gives the sessions as many as torch has."""
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+
+
 def load(backend, directory, device, engines=None):
     """The exported model of a folder, and what `drr.load_checkpoint` calls info.
 
@@ -122,7 +129,7 @@ class ExportedModel:
         h, stacks = self.padded("depth", h, stacks)
         if d == 0:
             cache = h.new_zeros(self.n_depth, 2, len(h), self.heads, self.depth, self.head_dim)
-        logits, cache = self.graphs["depth"](h, stacks, self.steps[d], cache)
+        logits, cache[..., d, :] = self.graphs["depth"](h, stacks, self.steps[d], cache)
         return logits[:P], cache
 
     @torch.inference_mode()

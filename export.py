@@ -6,11 +6,12 @@
     python sample.py --class 980 --backend trt
 
     spatial   codes (B, N, D), mask (B, N), cond (B, L), positions (B, n)   -> context (B, n, d_model)
-    depth     h (P, d_model), stacks (P, D), position (1,), cache           -> logits (P, K), cache; called D times a stack
+    depth     h (P, d_model), stacks (P, D), position (1,), cache           -> logits (P, K), new keys and values for the cache
     decoder   codes (B, N, D)                                               -> images (B, 3, S, S)
     encoder   images (B, 3, S, S)                                           -> codes (B, N, D)
 
-Dynamic are B pictures or P selected positions, the rows of a graph, and the n positions selected in each picture. The loop of Draft-and-Revise, and
+Dynamic are B pictures or P selected positions, the rows of a graph, and the n positions selected in each picture; `depth` is
+called D times for each stack. The loop of Draft-and-Revise, and
 every random number, stay in Python (drr.py): one loop for all backends, and the same seed gives the same picture.
 """
 import argparse
@@ -60,8 +61,8 @@ class Spatial(nn.Module):
 
 
 class DepthStep(nn.Module):
-    """`ContextualRQTransformer.depth_step` with `position` as a tensor, (1,), and a cache of fixed size that goes in and
-    comes out, so that one graph serves all D steps: comparisons instead of slices, no writing in place."""
+    """`ContextualRQTransformer.depth_step` with `position` as a tensor, (1,), and a cache of fixed size, so that one graph
+    serves all D steps: of the cache it sees what lies before its position, and what is to be written there it returns."""
 
     def __init__(self, transformer):
         super().__init__()
@@ -76,17 +77,17 @@ class DepthStep(nn.Module):
             e = (F.embedding(stacks, t.codebook) * earlier).sum(1)
             v = torch.where(position == 0, h, t.w_depth(e))
         v = v + t.depth_pos[position]                                       # (P, d_model)
-        here = (self.depths == position)[:, None]                           # (D, 1)
-        bias = torch.where(self.depths <= position, 0.0, -1e4).to(h.dtype)  # (D,): later positions are not seen
-        old, new = cache.flatten(0, 1).unbind(), []                         # key and value of the first block, of the second, ...
-        for i, block in enumerate(t.depthwise):
-            q, k, v_ = block.qkv(block.ln1(v)).view(P, 3, t.heads, 1, t.head_dim).unbind(1)
-            k, v_ = torch.where(here, k, old[2 * i]), torch.where(here, v_, old[2 * i + 1])         # (P, heads, D, head_dim)
-            scores = q * t.head_dim ** -0.5 @ k.transpose(-2, -1) + bias                            # (P, heads, 1, D)
-            v = v + block.proj((scores.softmax(-1) @ v_).reshape(P, -1))
+        bias = torch.where(self.depths < position, 0.0, -1e4).to(h.dtype)   # (D,): the cache from here on is not seen
+        old, new = cache.flatten(0, 1).unbind(), []                         # keys and values of the first block, of the second, ...
+        for block, keys, values in zip(t.depthwise, old[::2], old[1::2]):   # (P, heads, D, head_dim)
+            q, key, value = block.qkv(block.ln1(v)).view(P, 3, t.heads, 1, t.head_dim).unbind(1)
+            q = q * t.head_dim ** -0.5
+            scores = torch.cat([q @ keys.transpose(-2, -1) + bias, (q * key).sum(-1, keepdim=True)], -1)
+            p = scores.softmax(-1)                                          # (P, heads, 1, D + 1): those before, and itself
+            v = v + block.proj((p[..., :-1] @ values + p[..., -1:] * value).view(P, -1))
             v = v + block.fc2(F.gelu(block.fc1(block.ln2(v))))
-            new += [k, v_]
-        return t.classifier(t.ln(v)).float(), torch.stack(new).view_as(cache)
+            new += [key, value]
+        return t.classifier(t.ln(v)).float(), torch.stack(new).view(-1, 2, P, t.heads, t.head_dim)
 
 
 class Decoder(nn.Module):
@@ -158,7 +159,7 @@ def describe(vae, transformer, info, precision, max_batch):
         "depth": {"opset": 20, "most": {"rows": guided * N},
                   "inputs": [["h", ["rows", d], kind], ["stacks", ["rows", D], "int64"], ["position", [1], "int64"],
                              ["cache", cache, kind]],
-                  "outputs": [["logits", ["rows", K], "float32"], ["new_cache", cache, kind]]},
+                  "outputs": [["logits", ["rows", K], "float32"], ["new", cache[:4] + cache[5:], kind]]},
         "decoder": {"opset": 22, "most": {"rows": pictures}, "inputs": [codes], "outputs": [images]},
         "encoder": {"opset": 22, "most": {"rows": pictures}, "inputs": [images], "outputs": [codes]}}
     for name, graph in graphs.items():
@@ -214,7 +215,7 @@ def compare(name, run_graph, graph, vae, transformer, model, size):
         h, stacks, _, cache = inputs
         cache, logits = torch.zeros_like(cache), []
         for d in range(model["depth"]):
-            step, cache = run_graph(h, stacks, torch.tensor([d]), cache)
+            step, cache[..., d, :] = run_graph(h, stacks, torch.tensor([d]), cache)
             logits.append(step)
         ours, theirs = torch.stack(logits, 1), transformer.depth_logits(h.float(), stacks)
     elif name == "decoder":
@@ -419,6 +420,7 @@ def bench_worker(connection, backend, args):
         length = transformer.cond_length
     else:
         model, info = backends.load(backend.split()[0], args.out, device)
+        backends.leave_cores_free(device)
         length = model.cond_length
     c = sampling_values(info.sample, (), model.positions)
     while True:

@@ -119,6 +119,7 @@ def load_model(args, device, dtype):
             raise UserError(f"--backend {args.backend} does not run on mps; use --device cpu.")
         device = torch.device("cpu")
     model, info = backends.load(args.backend, args.exported, device)
+    backends.leave_cores_free(device)
     if args.checkpoint:                                           # named beside an export, it must be what was exported
         vae, transformer, _ = drr.load_checkpoint(folder)
         if model.checkpoint != {"vae": drr.fingerprint(vae), "transformer": drr.fingerprint(transformer)}:
