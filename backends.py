@@ -1,6 +1,7 @@
 """Exported graphs in the place of the PyTorch networks: ONNX Runtime and TensorRT behind the loop of drr.py.
 
     model, info = backends.load("onnx", "exported", torch.device("cpu"))
+    backends.leave_cores_free(torch.device("cpu"))
     *_, last = drr.draft_and_revise(model, cond, noise, info.sample)
     images = model.decode(last.codes)
 
@@ -17,7 +18,6 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 
-import drr
 from drr import UserError
 
 GRAPHS = ("spatial", "depth", "decoder", "encoder")

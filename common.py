@@ -32,7 +32,8 @@ MAY_BE_0 = {"seed", "workers", "balance", "commitment_weight", "perceptual_weigh
             "cond_dropout", "weight_decay", "weights_ema", "ema_decay", "rounds", "top_k", "draft_guidance", "revise_guidance",
             "draft_pool"}
 AT_MOST = {"vae.codebook_size": 65536, "vae.ema_decay": 1, "transformer.weights_ema": 1, "transformer.cond_dropout": 1,
-           "data.balance": 1, "data.seed": 2 ** 42, "data.views": 10_000, "data.class_views": 10_000, "sample.top_p": 1, "sample.draft_pool": 1, "sample.revise_share": 1}
+           "data.balance": 1, "data.seed": 2 ** 42, "data.views": 10_000, "data.class_views": 10_000,
+           "sample.top_p": 1, "sample.draft_pool": 1, "sample.revise_share": 1}
 
 
 def load_config(preset, overrides=(), sections=None):
@@ -76,7 +77,7 @@ def parse_value(text, value):
         result = yaml.safe_load(value)
         return int(value) if type(result) is int else result       # YAML's 010 is 8, and its 1:30 is 90
     except (yaml.YAMLError, ValueError):
-        raise UserError(f"{text!r} has no YAML value; expected a number, a word or a list like [1, 2].") from None
+        raise UserError(f"{text!r} has no YAML value, or an ambiguous one; expected a plain number, a word or a list like [1, 2].") from None
 
 
 def coerce(name, value, like):
@@ -160,14 +161,15 @@ MEMORY_FULL = "The memory is full; lower batch_size, or for training set data.in
 
 def peak_ram():
     """The most bytes of RAM that this process has held so far. Raises UserError on Windows, which does not say."""
-    status = Path("/proc/self/status")
-    if status.exists():                              # Linux, whose getrusage counts the memory of the starting process, too
-        return int(re.search(r"VmHWM:\s*(\d+)", status.read_text())[1]) * 1024
+    status = Path("/proc/self/status")               # Linux, whose getrusage counts the memory of the starting process, too
+    found = re.search(r"VmHWM:\s*(\d+)", status.read_text()) if status.exists() else None
+    if found:
+        return int(found[1]) * 1024
     try:
         import resource
     except ImportError:
         raise UserError("Memory is measured on a GPU, or on Linux and macOS; use --device cuda.") from None
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss        # macOS: bytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def run(main):

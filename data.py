@@ -114,9 +114,11 @@ def find_images(directory, split="train", index=None):
     if len(classes) > 1 and classes[0] == "":
         raise UserError(f"{os.path.join(paths[0], os.fsdecode(names[0][0]))} lies beside the class folders; "
                         "move it into one of them or away.")
-    empty = sorted({path.name for path in root.iterdir() if path.is_dir() and path.name[0] != "."} - {*classes})
-    if classes != [""] and empty and drr.ranks()[0] == 0:
-        print(f"{root}: no images in {', '.join(empty[:8])}{', ...' * (len(empty) > 8)}, which thus are no classes", file=sys.stderr)
+    if classes != [""] and drr.ranks()[0] == 0:
+        empty = sorted({path.name for path in root.iterdir() if path.is_dir() and path.name[0] != "."} - {*classes})
+        if empty:
+            print(f"{root}: no images in {', '.join(empty[:8])}{', ...' * (len(empty) > 8)}, which thus are no classes",
+                  file=sys.stderr)
     number, counts = {name: i for i, name in enumerate(classes)}, [len(n) for n in names]
     labels = np.repeat([number[name] for name in class_of], counts)
     return Files(paths, counts, np.concatenate(names)), labels, classes
@@ -205,7 +207,7 @@ def read_shard(path):
                     raise ValueError
             except (KeyError, ValueError, TypeError):
                 raise UserError(f"The shard {path} names no class for {os.fsdecode(sample['picture'][0])}; expected a "
-                                "whole number from 0 on in a .cls file of that name, or as \"label\" in .json.") from None
+                                "whole number from 0 to 1,048,575 in a .cls file of that name, or as \"label\" in .json.") from None
             rows.append((*sample["picture"], label))
     names, offsets, sizes, labels = zip(*rows) if rows else ([], [], [], [])
     return {"names": np.array(names, bytes), "offsets": np.array(offsets, np.int64), "sizes": np.array(sizes, np.int64),
@@ -445,7 +447,8 @@ def cached_codes(views, vae, directory, device, dtype):
     The file's name is a hash of the RQ-VAE's weights, the precision and the views (folder and name of each file, its
     size, its crops): another model or other files make another cache. Files that cannot be read are dropped from
     `views`. All ranks call this together, with a `directory` that all of them see, and share the work; interrupted, it
-    goes on where it stopped, with any number of ranks. Raises UserError when the codes of other ranks do not arrive.
+    goes on where it stopped, with any number of ranks. Raises UserError when the codes of other ranks do not arrive, or when the
+    cache is damaged.
     """
     content = [drr.fingerprint(vae), str(dtype), views.size, views.seed, views.flip, fingerprint(views.files)]
     digest = hashlib.sha256(json.dumps(content).encode() + views.file_of.tobytes() + views.crop_of.tobytes())
@@ -521,6 +524,6 @@ def allocate(path, dtype, shape):
 @torch.inference_mode()
 def encode(vae, images, dtype):
     """Codes (B, N, D) of images in [-1, 1], the convolutions in `dtype`: the training's, so that bf16 gives some other codes than
-    float32, in which sampling encodes."""
+    float32 (on a GPU TF32), in which sampling encodes."""
     with autocast(images.device, dtype):
         return vae.encode(images)

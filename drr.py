@@ -118,7 +118,7 @@ class ResidualQuantizer(nn.Module):
             candidates = vectors[source % P] * (source // P == rank)[:, None]       # (K, n_z)
             if world > 1:
                 dist.all_reduce(candidates)
-            if world * P < K:                               # some vectors are drawn twice: move such twins apart a little
+            if world * P < K:                               # more codes than vectors, so twins: move them apart a little
                 jitter = torch.rand(candidates.shape, generator=generator).to(vectors.device)
                 candidates += jitter * (0.01 / math.sqrt(vectors.shape[1]))
         if world > 1:
@@ -185,13 +185,16 @@ class ResBlock(nn.Module):
         return h + self.nin_shortcut(x)
 
 
+SHORT = 16          # tokens: attention among no more of them is written out in training, on a GPU too
+
+
 def attention(q, k, v, causal=False):
     """softmax(q k^T / sqrt(c)) v for q, k, v (..., T, c); causal: a token sees itself and earlier ones.
 
     Written out for ONNX, which has no fused kernel, and for training where PyTorch's is no good backward: on a CPU it is slow
     (docs/speed.md), on a GPU it pads a stack's few tokens to 128.
     """
-    written_out = torch.compiler.is_exporting() or torch.is_grad_enabled() and not (q.is_cuda and q.shape[-2] > 16)
+    written_out = torch.compiler.is_exporting() or torch.is_grad_enabled() and not (q.is_cuda and q.shape[-2] > SHORT)
     if not written_out:
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
     scores = q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)                                      # (..., T, T)

@@ -141,7 +141,10 @@ def like_cuda():
     autocast. Patched and not a mode, because no mode holds in the backward pass, where recomputation happens."""
     float32 = lambda function: lambda x, *values, **named: function(x.float(), *values, **named)
     explicit, flash = drr.attention, torch.ops.aten._scaled_dot_product_flash_attention
-    fused = lambda q, k, v, causal=False: flash(q, k, v, 0.0, causal)[0] if q.dim() == 4 and q.shape[-2] > 16 else explicit(q, k, v, causal)
+
+    def fused(q, k, v, causal=False):
+        return flash(q, k, v, 0.0, causal)[0] if q.dim() == 4 and q.shape[-2] > drr.SHORT else explicit(q, k, v, causal)
+
     with (mock.patch.object(drr, "attention", fused), mock.patch.object(F, "layer_norm", float32(F.layer_norm)),
           mock.patch.object(F, "group_norm", float32(F.group_norm))):
         yield

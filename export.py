@@ -123,8 +123,8 @@ class Rows(nn.Linear):
 
 
 def for_export(transformer, dtype):
-    """A copy of the transformer in `dtype`, its normalizations in float32 and its linear layers as `Rows`. In float32 it
-    shares the weights."""
+    """A copy of the transformer in `dtype`, its normalizations in float32 and the spatial blocks' linear layers as `Rows` (but
+    for the last `qkv`, which `Block` takes apart). In float32 it shares the weights."""
     weights = {} if dtype != torch.float32 else {id(t): t for t in (*transformer.parameters(), *transformer.buffers())}
     transformer = copy.deepcopy(transformer, weights).to(dtype)
     for module in transformer.spatial.modules():
@@ -174,12 +174,13 @@ def describe(vae, transformer, info, precision, max_batch):
 
 # === Writing: module -> DIR/NAME.onnx and NAME.onnx.data ============================================================
 def example(graph, size, model, codebook_size, seed=0):
-    """Inputs of a graph whose dynamic dimensions are `size`, or as large as they may be: random codes, masks, conditions and
-    positions, normal numbers for the rest."""
+    """Inputs of a graph with `size` rows, or as many as it takes: random codes, masks, conditions and positions, normal numbers for
+    the rest."""
     generator = torch.Generator().manual_seed(seed)
     result = []
     for name, shape, dtype in graph["inputs"]:
-        shape = [min(size, graph["most"][n]) if isinstance(n, str) else n for n in shape]
+        sizes = {"rows": size, "selected": size + 2}               # unlike, so that none can pass for the other
+        shape = [min(sizes[n], graph["most"][n]) if isinstance(n, str) else n for n in shape]
         if dtype == "int64":
             high = {"cond": model["null"] + 1, "position": 1, "positions": model["positions"]}.get(name, codebook_size)
             result.append(torch.randint(high, shape, generator=generator))
@@ -231,7 +232,7 @@ def compare(name, run_graph, graph, vae, transformer, model, size):
 
 
 def verify(name, directory, manifest, vae, transformer, sizes=(1, 2, 5)):
-    """onnx.checker in full, then `compare` at several sizes of its dynamic dimensions. Records the largest difference in the manifest and
+    """onnx.checker in full, then `compare` at several sizes. Records the largest difference in the manifest and
     returns a line about it; raises UserError when it is over the bound."""
     import onnx
 
@@ -414,6 +415,7 @@ def bench_worker(connection, backend, args):
     """One backend in a process of its own, so that its memory is its own: decodes whenever it is told to."""
     torch.set_num_threads(args.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.backends.cudnn.allow_tf32 = backend != "torch fp32"       # the other backends do without, in float32
     if backend.startswith("torch"):
         vae, transformer, info = load_model(args)
         model = drr.TorchModel(vae, transformer, device, DTYPES[backend.split()[1]])

@@ -5,7 +5,7 @@
     *_, last = drr.draft_and_revise(model, cond, noise, c)
 
 Where T_draft and T_revise divide the number of positions, the sets of a partition have equal sizes and a whole decode has two
-shapes, one of the draft and one of the revisions; otherwise two more.
+shapes, one of the draft and one of the revisions; each of the two that does not divide it adds one.
 docs/speed.md says what each step brings.
 """
 import torch

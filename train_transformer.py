@@ -63,6 +63,7 @@ def main():
     if c.cond == "text":
         raise UserError("This trainer has no text data yet; use transformer.cond=class or transformer.cond=none.")
     own, count = training.micro_batches("transformer", c)
+    states = training.States(out, "transformer", args, c.keep)
     vae, config.vae = drr.load_vae(args.vae or out / "vae.safetensors")
     beside = out / "vae.safetensors"                           # where sample.py will look for it
     if beside.exists() and drr.fingerprint(drr.load_vae(beside)[0]) != drr.fingerprint(vae):
@@ -82,6 +83,7 @@ def main():
     views.own = own
     settings = training.settings_of(config, ("transformer", "data"), str(dtype), data.fingerprint(files),
                                     **{"the RQ-VAE": drr.fingerprint(vae)})
+    states.lock()
     online = c.soft_labels or c.stochastic_codes               # these need z, which is too large to store
     if not online:
         cache = data.cached_codes(views, vae, out / "codes", device, dtype)       # (1 or 2, M, N, D)
@@ -110,8 +112,7 @@ def main():
     opt = torch.optim.AdamW([{"params": matrices, "weight_decay": c.weight_decay},
                              {"params": vectors, "weight_decay": 0.0}], lr=c.lr, betas=tuple(c.betas), fused=True)
     parts = {"transformer": transformer, "ema": ema, "opt": opt}
-    states = training.States(out, "transformer", parts, settings, c.keep, sharded=transformer if c.shard else None)
-    start = states.begin(args)
+    start = states.begin(parts, settings, sharded=transformer if c.shard else None)
     if rank == 0 and not beside.exists():
         drr.save_vae(beside, vae, config)
     forward = torch.compile(transformer) if c.compile else transformer

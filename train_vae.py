@@ -127,6 +127,7 @@ def main():
     if c.disc_weight and c.resolution >> max(1, c.disc_layers) < 3:
         raise UserError(f"vae.disc_layers is {c.disc_layers}, which leaves nothing of {c.resolution} pixels; take fewer.")
     own, count = training.micro_batches("vae", c)
+    states = training.States(out, "vae", args, c.keep)
     distance = perceptual_loss(c.perceptual, device) if c.perceptual_weight else None
     torch.manual_seed(config.data.seed)                        # the initial weights; nothing else draws from it
 
@@ -151,8 +152,8 @@ def main():
         disc = PatchDiscriminator(c.disc_ch, c.disc_layers).to(device)
         disc_opt = torch.optim.Adam(disc.parameters(), lr=c.lr, betas=tuple(c.betas))
     parts = {"vae": vae, "opt": opt, "disc": disc, "disc_opt": disc_opt}
-    states = training.States(out, "vae", parts, settings, c.keep)
-    start = states.begin(args)
+    states.lock()
+    start = states.begin(parts, settings)
     if args.init:
         drr.fill(vae, drr.read_model(args.init)[0], args.init)
     if c.compile:

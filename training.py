@@ -51,7 +51,7 @@ def arguments(doc):
     parser.add_argument("--out", metavar="DIR", help="where checkpoints, pictures and logs go (runs/PRESET)")
     parser.add_argument("--init", metavar="FILE", help="start from the weights in this .safetensors")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")
-    parser.add_argument("--force", action="store_true", help="resume with other settings or data than before, or start over")
+    parser.add_argument("--force", action="store_true", help="resume with other settings or data than before, start over, or replace finished weights")
     parser.add_argument("--tensorboard", action="store_true", help="write OUT/tensorboard, too")
     add_device_arguments(parser)
     return parser
@@ -72,8 +72,9 @@ def join_ranks(args):
     device, dtype = pick_device(args)
     keep_memory()
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        if "RANK" not in os.environ:
-            raise UserError("WORLD_SIZE is set and RANK is not; start with torchrun, or unset WORLD_SIZE.")
+        missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+        if missing:
+            raise UserError(f"WORLD_SIZE is set and {', '.join(missing)} not; start with torchrun, or unset WORLD_SIZE.")
         if device.type == "cuda":
             local, found = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
             if local >= found:
@@ -86,6 +87,7 @@ def join_ranks(args):
         choice = [dtype]
         dist.broadcast_object_list(choice)                     # each has measured its own; they must not mix
         dtype = choice[0]
+        torch.backends.cudnn.allow_tf32 = dtype != torch.float32
         if dist.get_rank() > 0:
             sys.stdout = open(os.devnull, "w")                 # one rank talks
     return device, dtype
@@ -261,15 +263,24 @@ def refuse_replacing(weights, force):
 class States:
     """The training states of one stage in a folder: saves, keeps the newest `keep` of them, and finds the one to go on from.
 
-    parts      {name: module, optimizer or None}: what is saved and restored
-    settings   a flat dictionary of all that decides the result (configuration, data, codes): a resumed run must agree
-    sharded    the model, if it went through `shard`; all ranks must then save and load together
+    Made before the work on the data, which may take hours: raises UserError where there is nothing to resume, and where a fresh
+    start would replace an earlier run.
     """
 
-    def __init__(self, out, stage, parts, settings, keep, sharded=None):
-        self.out, self.stage, self.parts, self.settings, self.keep = Path(out), stage, parts, settings, keep
-        self.sharded, self.last = sharded, None                # last: the path of the newest good state of this run
+    def __init__(self, out, stage, args, keep):
+        self.out, self.stage, self.args, self.keep = Path(out), stage, args, keep
+        self.last = None                                       # the path of the newest good state of this run
         self.stale = self.files()                              # those of an earlier run in this folder
+        if args.resume and args.init:
+            raise UserError("--init starts from given weights, --resume goes on with its own; give one of them.")
+        if args.resume and not self.stale:
+            raise UserError(f"There is nothing to resume: {self.out}/{stage}_state_*.pt does not exist; start without --resume.")
+        if self.stale and not args.resume and not args.force:
+            step = int(self.stale[-1].stem.rpartition("_")[2])
+            raise UserError(f"{self.out} holds a training up to step {step}; add --resume to go on with it or --force to "
+                            "start over, or choose another --out.")
+        if not args.resume:
+            refuse_replacing(self.out / f"{stage}.safetensors", args.force)
 
     def files(self):
         """The states in the folder, oldest first."""
@@ -296,30 +307,24 @@ class States:
                 old.unlink(missing_ok=True)
         self.stale, self.last = [], path
 
-    def begin(self, args):
-        """The step to begin with: 0, or that of the restored state. Raises UserError as `load` does, where there is nothing to
-        resume, where a fresh start would replace an earlier run, and where another training is at work in the folder."""
-        if args.resume and args.init:
-            raise UserError("--init starts from given weights, --resume goes on with its own; give one of them.")
-        if args.resume and not self.stale:
-            raise UserError(f"There is nothing to resume: {self.out}/{self.stage}_state_*.pt does not exist; start without "
-                            "--resume.")
-        if self.stale and not args.resume and not args.force:
-            step = int(self.stale[-1].stem.rpartition("_")[2])
-            raise UserError(f"{self.out} holds a training up to step {step}; add --resume to go on with it or --force to "
-                            "start over, or choose another --out.")
-        if not args.resume:
-            refuse_replacing(self.out / f"{self.stage}.safetensors", args.force)
-        if ranks()[0] == 0:
-            self.lock()
-        start = self.load(args.force) if args.resume else 0
+    def begin(self, parts, settings, sharded=None):
+        """The step to begin with: 0, or that of the restored state. Raises UserError as `load` does.
+
+        parts      {name: module, optimizer or None}: what is saved and restored
+        settings   a flat dictionary of all that decides the result (configuration, data, codes): a resumed run must agree
+        sharded    the model, if it went through `shard`; all ranks must then save and load together
+        """
+        self.parts, self.settings, self.sharded = parts, settings, sharded
+        start = self.load(self.args.force) if self.args.resume else 0
         for folder in (self.out, self.out / "codes") if ranks()[0] == 0 else ():
             for half_written in folder.glob(".writing-*"):     # by a run that was killed
                 half_written.unlink(missing_ok=True)
         return start
 
     def lock(self):
-        """Keeps a second training out of the folder for as long as this process lives."""
+        """Keeps a second training out of the folder for as long as this process lives: raises UserError where one is at work."""
+        if ranks()[0] > 0:
+            return
         with contextlib.suppress(ImportError):                 # not on Windows
             import fcntl
             self.out.mkdir(parents=True, exist_ok=True)
@@ -328,8 +333,8 @@ class States:
                 fcntl.lockf(self.locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except (BlockingIOError, PermissionError):
                 raise UserError(f"Another training is at work in {self.out}; wait for its end, or choose another --out.") from None
-            except OSError:                                    # a disk without locks
-                pass
+            except OSError as error:                           # a disk without locks
+                print(f"WARNING: {self.out} cannot be locked ({error.strerror}); start no second training there", file=sys.stderr)
 
     def load(self, force=False):
         """Restores the newest state that is whole and returns its step. A damaged one is moved aside with a warning.
@@ -437,8 +442,8 @@ class Log:
                 if not self.fields:
                     raise ValueError("it is empty")
             except (KeyError, ValueError, csv.Error) as error:
-                print(f"WARNING: {self.path} is damaged ({type(error).__name__}: {error}); it is now called {self.path.name}.damaged, "
-                      "and a new log begins", file=sys.stderr)
+                print(f"WARNING: {self.path} is damaged ({type(error).__name__}: {error}); it is now called "
+                      f"{self.path.name}.damaged, and a new log begins", file=sys.stderr)
                 self.path.rename(self.path.with_name(self.path.name + ".damaged"))
                 self.fields = None
                 return

@@ -223,6 +223,15 @@ def test_a_second_training_in_the_same_folder_is_refused(resume):
     assert half_written.exists()
 
 
+def test_a_second_training_is_refused_before_it_encodes_anything(arguments, tmp_path):
+    with open(tmp_path / ".lock", "w") as file:
+        fcntl.lockf(file, fcntl.LOCK_EX)
+        refused(train("transformer", *arguments("transformer", tmp_path)), "Another training")
+    (tmp_path / "transformer.safetensors").write_text("finished")
+    refused(train("transformer", *arguments("transformer", tmp_path)), "--force")
+    assert not (tmp_path / "codes").exists()
+
+
 def test_a_copy_of_a_state_by_hand_is_left_alone(resume):
     copy = shutil.copy(resume.out / "vae_state_000000004.pt", resume.out / "vae_state_best.pt")
     finished(resume("vae", "vae.steps=7"))
@@ -245,8 +254,10 @@ def test_a_damaged_log_does_not_hinder(resume, content):
 
 def test_a_world_without_torchrun_is_refused(arguments, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(drr.UserError, match="torchrun"):
-        training.join_ranks(SimpleNamespace(device="cpu", precision="fp32"))
+    for set_too in ("RANK", "LOCAL_RANK"):
+        with pytest.raises(drr.UserError, match=f"{set_too},.*MASTER_PORT not; start with torchrun"):
+            training.join_ranks(SimpleNamespace(device="cpu", precision="fp32"))
+        monkeypatch.setenv(set_too, "0")
 
 
 def test_a_longer_run_needs_no_force(resume):
