@@ -65,13 +65,6 @@ def read_manifest(directory):
     return manifest
 
 
-def leave_cores_free(device):
-    """Beside ONNX Runtime on a CPU: torch's threads wait for work by spinning, on the cores that the sessions' threads need. What
-    torch has to do between them is small: one thread from here on. After `load`, which gives the sessions as many as torch has."""
-    if device.type == "cpu":
-        torch.set_num_threads(1)
-
-
 def load(backend, directory, device, engines=None):
     """The exported model of a folder, and what `drr.load_checkpoint` calls info.
 
@@ -91,6 +84,13 @@ def load(backend, directory, device, engines=None):
     info = SimpleNamespace(classes=manifest["classes"], titles=manifest["titles"],
                            **{k: SimpleNamespace(**manifest[k]) for k in ("vae", "transformer", "sample")})
     return ExportedModel(graphs, manifest, device), info
+
+
+def leave_cores_free(device):
+    """Beside ONNX Runtime on a CPU: torch's threads wait for work by spinning, on the cores that the sessions' threads need. What
+    torch has to do between them is small: one thread from here on. After `load`, which gives the sessions as many as torch has."""
+    if device.type == "cpu":
+        torch.set_num_threads(1)
 
 
 # === The model: what TorchModel does, by graphs =====================================================================
@@ -152,10 +152,11 @@ def check_inputs(inputs, entries):
         assert x.dtype == getattr(torch, dtype), f"{name} is {x.dtype}, the graph expects {dtype}"
 
 
-def output_shapes(inputs, graph):
-    """Shapes of the outputs, their dynamic dimensions as large as the inputs'."""
+def empty_outputs(inputs, graph):
+    """Tensors for what a graph returns, on the device of the inputs, their dynamic dimensions as large as the inputs'."""
     sizes = {n: size for x, (_, shape, _) in zip(inputs, graph["inputs"]) for n, size in zip(shape, x.shape)}
-    return [[sizes[n] if isinstance(n, str) else n for n in shape] for _, shape, _ in graph["outputs"]]
+    return [torch.empty([sizes[n] if isinstance(n, str) else n for n in shape], dtype=getattr(torch, dtype),
+                        device=inputs[0].device) for _, shape, dtype in graph["outputs"]]
 
 
 # === ONNX Runtime ===================================================================================================
@@ -195,9 +196,7 @@ class OrtGraph:
     def __call__(self, *inputs):
         check_inputs(inputs, self.graph["inputs"])
         inputs = [x.contiguous() for x in inputs]
-        shapes = output_shapes(inputs, self.graph)
-        outputs = [torch.empty(shape, dtype=getattr(torch, dtype), device=self.device)
-                   for shape, (_, _, dtype) in zip(shapes, self.graph["outputs"])]
+        outputs = empty_outputs(inputs, self.graph)
         binding = self.session.io_binding()
         place = (self.device.type, self.device.index or 0)
         for x, (name, _, dtype) in zip(inputs, self.graph["inputs"]):
@@ -318,9 +317,7 @@ class TrtGraph:
         context = self.engine.create_execution_context(self.trt.ExecutionContextAllocationStrategy.USER_MANAGED)
         self.must(context is not None, "make an execution context")
         static_inputs = [x.clone(memory_format=torch.contiguous_format) for x in inputs]      # torch aligns to 512 bytes
-        shapes = output_shapes(inputs, self.graph)
-        outputs = [torch.empty(shape, dtype=getattr(torch, dtype), device=self.device)
-                   for shape, (_, _, dtype) in zip(shapes, self.graph["outputs"])]
+        outputs = empty_outputs(inputs, self.graph)
         stream = torch.cuda.Stream(self.device)
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):

@@ -25,8 +25,8 @@ from tqdm import tqdm
 import drr
 import estimate
 import fast
-from common import (BUNDLED, HERE, PRECISIONS, add_device_arguments, load_config, matrix_rate, peak_ram, pick_device, random_checkpoint,
-                    run, sampling_values, synchronize)
+from common import (BUNDLED, HERE, PRECISIONS, add_device_arguments, load_config, matrix_rate, peak_ram, pick_device,
+                    random_checkpoint, run, sampling_values, synchronize)
 from drr import UserError
 
 PAPERS = ("order=random", "draft_pool=1", "draft_growing=false", "draft_ramp=false", "revise_share=1", "revise_better=false")

@@ -77,7 +77,8 @@ def parse_value(text, value):
         result = yaml.safe_load(value)
         return int(value) if type(result) is int else result       # YAML's 010 is 8, and its 1:30 is 90
     except (yaml.YAMLError, ValueError):
-        raise UserError(f"{text!r} has no YAML value, or an ambiguous one; expected a plain number, a word or a list like [1, 2].") from None
+        raise UserError(f"{text!r} has no YAML value, or an ambiguous one; expected a plain number, a word or a list like "
+                        "[1, 2].") from None
 
 
 def coerce(name, value, like):

@@ -207,7 +207,8 @@ def read_shard(path):
                     raise ValueError
             except (KeyError, ValueError, TypeError):
                 raise UserError(f"The shard {path} names no class for {os.fsdecode(sample['picture'][0])}; expected a "
-                                "whole number from 0 to 1,048,575 in a .cls file of that name, or as \"label\" in .json.") from None
+                                "whole number from 0 to 1,048,575 in a .cls file of that name, or as \"label\" in "
+                                ".json.") from None
             rows.append((*sample["picture"], label))
     names, offsets, sizes, labels = zip(*rows) if rows else ([], [], [], [])
     return {"names": np.array(names, bytes), "offsets": np.array(offsets, np.int64), "sizes": np.array(sizes, np.int64),

@@ -10,8 +10,8 @@
     decoder   codes (B, N, D)                                               -> images (B, 3, S, S)
     encoder   images (B, 3, S, S)                                           -> codes (B, N, D)
 
-Dynamic are B pictures or P selected positions, the rows of a graph, and the n positions selected in each picture; `depth` is
-called D times for each stack. The loop of Draft-and-Revise, and
+Dynamic are B pictures or P selected positions, the rows of a graph, and the n positions selected in each picture; `depth`
+is called D times for each stack. The loop of Draft-and-Revise, and
 every random number, stay in Python (drr.py): one loop for all backends, and the same seed gives the same picture.
 """
 import argparse
@@ -174,8 +174,8 @@ def describe(vae, transformer, info, precision, max_batch):
 
 # === Writing: module -> DIR/NAME.onnx and NAME.onnx.data ============================================================
 def example(graph, size, model, codebook_size, seed=0):
-    """Inputs of a graph with `size` rows, or as many as it takes: random codes, masks, conditions and positions, normal numbers for
-    the rest."""
+    """Inputs of a graph with `size` rows, or as many as it takes: random codes, masks, conditions and positions, normal
+    numbers for the rest."""
     generator = torch.Generator().manual_seed(seed)
     result = []
     for name, shape, dtype in graph["inputs"]:

@@ -51,7 +51,8 @@ def arguments(doc):
     parser.add_argument("--out", metavar="DIR", help="where checkpoints, pictures and logs go (runs/PRESET)")
     parser.add_argument("--init", metavar="FILE", help="start from the weights in this .safetensors")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")
-    parser.add_argument("--force", action="store_true", help="resume with other settings or data than before, start over, or replace finished weights")
+    parser.add_argument("--force", action="store_true",
+                        help="resume with other settings or data than before, start over, or replace finished weights")
     parser.add_argument("--tensorboard", action="store_true", help="write OUT/tensorboard, too")
     add_device_arguments(parser)
     return parser
@@ -87,7 +88,7 @@ def join_ranks(args):
         choice = [dtype]
         dist.broadcast_object_list(choice)                     # each has measured its own; they must not mix
         dtype = choice[0]
-        torch.backends.cudnn.allow_tf32 = dtype != torch.float32
+        torch.backends.cudnn.allow_tf32 = dtype != torch.float32       # as pick_device sets it
         if dist.get_rank() > 0:
             sys.stdout = open(os.devnull, "w")                 # one rank talks
     return device, dtype
