@@ -26,12 +26,13 @@ BUNDLED = HERE / "checkpoints" / "tiny-imagenet-32"
 
 # === Configuration: config.yaml + overrides -> nested namespaces ====================================================
 CHOICES = {"vae.loss": ("mse", "l1"), "vae.perceptual": ("lpips", "efficientnet"),
+           "vae.disc": ("patchgan", "spectral"),
            "transformer.cond": ("class", "none", "text"), "sample.order": ("random", "sobol")}
-MAY_BE_0 = {"seed", "workers", "balance", "commitment_weight", "perceptual_weight", "disc_weight", "disc_start",
+MAY_BE_0 = {"seed", "workers", "balance", "commitment_weight", "perceptual_weight", "disc_weight", "disc_start", "disc_ramp", "feature_weight",
             "quantize_start", "disc_layers", "warmup", "micro_batch", "betas", "grad_clip",
             "cond_dropout", "weight_decay", "weights_ema", "ema_decay", "rounds", "top_k", "draft_guidance", "revise_guidance",
             "draft_pool"}
-AT_MOST = {"vae.codebook_size": 65536, "vae.ema_decay": 1, "transformer.weights_ema": 1, "transformer.cond_dropout": 1,
+AT_MOST = {"vae.codebook_size": 65536, "vae.ema_decay": 1, "vae.weights_ema": 1, "transformer.weights_ema": 1, "transformer.cond_dropout": 1,
            "data.balance": 1, "data.seed": 2 ** 42, "data.views": 10_000, "data.class_views": 10_000,
            "sample.top_p": 1, "sample.draft_pool": 1, "sample.revise_share": 1}
 

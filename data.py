@@ -451,7 +451,7 @@ def cached_codes(views, vae, directory, device, dtype):
     goes on where it stopped, with any number of ranks. Raises UserError when the codes of other ranks do not arrive, or when the
     cache is damaged.
     """
-    content = [drr.fingerprint(vae), str(dtype), views.size, views.seed, views.flip, fingerprint(views.files)]
+    content = [drr.code_fingerprint(vae), str(dtype), views.size, views.seed, views.flip, fingerprint(views.files)]
     digest = hashlib.sha256(json.dumps(content).encode() + views.file_of.tobytes() + views.crop_of.tobytes())
     name = digest.hexdigest()[:16]
     path, index_path = Path(directory) / f"codes-{name}.npy", Path(directory) / f"codes-{name}-views.npy"

@@ -742,25 +742,38 @@ def replacing(path):
             temporary.unlink()
 
 
-def save_vae(path, vae, config):
-    """Writes the RQ-VAE and the configuration's section `vae`, all or nothing."""
-    save_model(path, vae.state_dict(), {"vae": vars(config.vae)})
+def save_vae(path, vae, config, former=()):
+    """Writes the RQ-VAE and the configuration's section `vae`, all or nothing. `former`: fingerprints under which older
+    transformers may know these codes."""
+    save_model(path, vae.state_dict(), {"vae": vars(config.vae), "former": list(former)})
 
 
 def save_transformer(path, transformer, config, classes, titles, vae):
     """Writes the transformer, its configuration, the classes' folder names and titles, and whose codes it speaks."""
     tensors = {k: v.half() if config.transformer.half else v for k, v in transformer.state_dict().items()}
     save_model(path, tensors, {"transformer": vars(config.transformer), "sample": vars(config.sample),
-                               "classes": classes, "titles": titles, "vae": fingerprint(vae)})
+                               "classes": classes, "titles": titles, "vae": code_fingerprint(vae)})
 
 
-def fingerprint(module):
-    """SHA-256 over a module's weights: two RQ-VAEs with the same fingerprint speak the same codes."""
+def fingerprint(module, prefixes=("",)):
+    """SHA-256 over a module's weights whose names begin with one of `prefixes`."""
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+        if name.startswith(prefixes):
+            digest.update(name.encode())
+            digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
+
+
+def code_fingerprint(vae):
+    """SHA-256 over what makes codes: two RQ-VAEs with the same one speak the same codes, whatever their decoders."""
+    return fingerprint(vae, ("encoder.", "quant_conv.", "quantizer.codebook"))
+
+
+def former_fingerprints(path, vae):
+    """The fingerprints under which a transformer may know the codes of `vae`, which was read from `path`, if it is older than
+    `code_fingerprint`: of all weights, and those that the file lists because its decoder has changed since."""
+    return [fingerprint(vae), *read_model(path)[1].get("former", [])]
 
 
 def load_vae(path):
@@ -789,8 +802,9 @@ def load_checkpoint(directory):
     names = [len(n) for n in (info.classes, info.titles) if isinstance(n, list) and all(isinstance(text, str) for text in n)]
     if len(names) != 2 or names[0] != names[1]:
         raise UserError(f"{path} carries no names of its classes, each with a title; copy or train it again.")
-    if meta.get("vae") != fingerprint(vae):
-        raise UserError(f"{path} was trained on the codes of another RQ-VAE than {path.with_name('vae.safetensors')}; "
+    vae_path = path.with_name("vae.safetensors")
+    if meta.get("vae") not in (code_fingerprint(vae), *former_fingerprints(vae_path, vae)):
+        raise UserError(f"{path} was trained on the codes of another RQ-VAE than {vae_path}; "
                         "keep the two files of one training together.")
     transformer = build(path, lambda c: ContextualRQTransformer(c, conditions(c, info.classes), vae.side ** 2,
                                                                 info.vae.depth, vae.quantizer.codebook), info.transformer)

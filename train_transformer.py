@@ -66,7 +66,7 @@ def main():
     states = training.States(out, "transformer", args, c.keep)
     vae, config.vae = drr.load_vae(args.vae or out / "vae.safetensors")
     beside = out / "vae.safetensors"                           # where sample.py will look for it
-    if beside.exists() and drr.fingerprint(drr.load_vae(beside)[0]) != drr.fingerprint(vae):
+    if beside.exists() and drr.code_fingerprint(drr.load_vae(beside)[0]) != drr.code_fingerprint(vae):
         raise UserError(f"{beside} is another RQ-VAE than {args.vae}; choose another --out, since the two files of one training "
                         "lie together.")
     vae.to(device)
@@ -82,7 +82,7 @@ def main():
     views = data.Views(files, labels, classes, vae.size, c.batch_size, config.data)
     views.own = own
     settings = training.settings_of(config, ("transformer", "data"), str(dtype), data.fingerprint(files),
-                                    **{"the RQ-VAE": drr.fingerprint(vae)})
+                                    **{"the RQ-VAE": drr.code_fingerprint(vae)})
     states.lock()
     online = c.soft_labels or c.stochastic_codes               # these need z, which is too large to store
     if not online:

@@ -4,6 +4,7 @@
     python train_vae.py tiny-imagenet-32 --data DIR           # writes runs/tiny-imagenet-32/vae.safetensors
     python train_vae.py imagenet-256 --official FILE.pt       # takes over the published weights instead of training
 """
+import copy
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils.parametrizations import spectral_norm
 from tqdm import tqdm
 
 import data
@@ -21,16 +23,37 @@ from drr import UserError
 
 
 # === The adversary and the perceptual loss ==========================================================================
-class PatchDiscriminator(nn.Sequential):
-    """images (B, 3, S, S) -> logits (B, 1, h, w), one for each patch (PatchGAN, Isola et al. 2017)."""
+class Discriminator(nn.Module):
+    """images (B, 3, S, S) -> logits (B, 1, h, w), one for each patch, and the features of every layer, [(B, c, h, w)].
 
-    def __init__(self, ch, layers):
-        modules = [nn.Conv2d(3, ch, 4, 2, 1), nn.LeakyReLU(0.2)]
-        for i in range(1, layers + 1):
-            c_in, c_out = ch * min(2 ** (i - 1), 8), ch * min(2 ** i, 8)
-            modules += [nn.Conv2d(c_in, c_out, 4, 2 if i < layers else 1, 1, bias=False),
-                        nn.BatchNorm2d(c_out, track_running_stats=False), nn.LeakyReLU(0.2)]   # only ever trained
-        super().__init__(*modules, nn.Conv2d(c_out if layers else ch, 1, 4, 1, 1))
+    patchgan   VQGAN's (Isola et al. 2017): 4x4 convolutions of stride 2 with batch normalization
+    spectral   pairs of convolutions, 3x3 and then 4x4 of stride 2, spectrally normalized (Miyato et al. 2018)
+    """
+
+    def __init__(self, kind, ch, layers):
+        super().__init__()
+        self.layers = nn.ModuleList()
+        width = 3
+        for i in range(layers + 1):
+            c_out = ch * min(2 ** i, 8)
+            if kind == "spectral":
+                pair = [(nn.Conv2d(width, c_out, 3, 1, 1)), nn.Conv2d(c_out, c_out, 4, 2, 1)]
+                for conv in pair:
+                    self.layers.append(nn.Sequential(spectral_norm(conv), nn.LeakyReLU(0.2)))
+            else:
+                conv = nn.Conv2d(width, c_out, 4, 2 if i < max(layers, 1) else 1, 1, bias=i == 0)
+                norm = [nn.BatchNorm2d(c_out, track_running_stats=False)] if i else []           # only ever trained
+                self.layers.append(nn.Sequential(conv, *norm, nn.LeakyReLU(0.2)))
+            width = c_out
+        head = nn.Conv2d(width, 1, 3 if kind == "spectral" else 4, 1, 1)
+        self.head = spectral_norm(head) if kind == "spectral" else head
+
+    def forward(self, x):
+        features = []
+        for layer in self.layers:
+            x = layer(x)
+            features.append(x)
+        return self.head(x), features
 
 
 class HingeLoss(nn.Module):
@@ -42,8 +65,14 @@ class HingeLoss(nn.Module):
         self.discriminator = discriminator
 
     def forward(self, real, fake):
-        real, fake = self.discriminator(real), self.discriminator(fake)
+        real, fake = (self.discriminator(x)[0].float() for x in (real, fake))
         return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean()), real.mean(), fake.mean()
+
+
+def feature_matching(fake, real):
+    """Mean absolute difference of a discriminator's features, lists of (B, c, h, w), averaged over its layers (Wang et al.
+    2018, pix2pixHD Eq. 3)."""
+    return torch.stack([(a.float() - b.float()).abs().mean() for a, b in zip(fake, real)]).mean()
 
 
 def adaptive_weight(reconstruction, adversarial, last_layer):
@@ -101,13 +130,14 @@ def psnr(vae, images):
     return -10 * torch.cat(mse).log10().mean().item()
 
 
-TERMS = ("loss", "reconstruction", "commitment", "perceptual", "gan", "disc", "logits_real", "logits_fake", "lambda")
+TERMS = ("loss", "reconstruction", "commitment", "perceptual", "gan", "features", "disc", "logits_real", "logits_fake", "lambda")
 
 
 def main():
     # --- set-up ------------------------------------------------------------------------------------------------------
     parser = training.arguments(__doc__)
     parser.add_argument("--official", metavar="FILE", help="convert the published RQ-VAE weights; no training")
+    parser.add_argument("--decoder-only", metavar="FILE", help="train the decoder of this vae.safetensors alone; its codes stay")
     args = parser.parse_intermixed_args()
     config = load_config(args.preset, args.overrides, ("data", "vae"))
     c, out = config.vae, Path(args.out or f"runs/{args.preset}")
@@ -124,6 +154,14 @@ def main():
     if c.compile and device.type == "cpu":
         raise UserError("vae.compile is for a GPU: on a CPU the compiled RQ-VAE had wrong gradients in bf16 (torch 2.13); leave it "
                         "out.")
+    former = []
+    if args.decoder_only:
+        if args.init:
+            raise UserError("--decoder-only starts from the weights of its own file; leave --init out.")
+        if c.quantize_start:
+            raise UserError("--decoder-only trains on codes from the first step on; add vae.quantize_start=0.")
+        source = drr.load_vae(args.decoder_only)[0]
+        former = drr.former_fingerprints(args.decoder_only, source)
     if c.disc_weight and c.resolution >> max(1, c.disc_layers) < 3:
         raise UserError(f"vae.disc_layers is {c.disc_layers}, which leaves nothing of {c.resolution} pixels; take fewer.")
     own, count = training.micro_batches("vae", c)
@@ -134,7 +172,8 @@ def main():
     # --- data --------------------------------------------------------------------------------------------------------
     files, labels, classes = data.find_images(args.data, index=out / "shards")
     views = data.Views(files, labels, classes, c.resolution, c.batch_size, config.data)
-    settings = training.settings_of(config, ("vae", "data"), str(dtype), data.fingerprint(files))
+    frozen = {"the codes of --decoder-only": drr.code_fingerprint(source)} if args.decoder_only else {}
+    settings = training.settings_of(config, ("vae", "data"), str(dtype), data.fingerprint(files), **frozen)
     if config.data.in_memory:
         views.load(device)
     val, _ = data.validation_images(args.data, c.resolution, 512, classes, out / "shards")
@@ -146,50 +185,72 @@ def main():
 
     # --- model -------------------------------------------------------------------------------------------------------
     vae = drr.RQVAE(c).to(device)
-    opt = torch.optim.Adam(vae.parameters(), lr=c.lr, betas=tuple(c.betas))
+    if args.decoder_only:
+        drr.fill(vae, source.state_dict(), args.decoder_only)
+        for part in (vae.encoder, vae.quant_conv):
+            part.requires_grad_(False)
+    # The result: the encoder and the codes of `vae` itself, and a moving average of its decoder.
+    average = copy.deepcopy(vae)
+    average.encoder, average.quant_conv, average.quantizer = vae.encoder, vae.quant_conv, vae.quantizer
+    averaged = [[p for part in (m.post_quant_conv, m.decoder) for p in part.parameters()] for m in (average, vae)]
+    trained = [p for p in vae.parameters() if p.requires_grad]
+    opt = torch.optim.Adam(trained, lr=c.lr, betas=tuple(c.betas))
     disc = disc_opt = None
-    if c.disc_weight:
-        disc = PatchDiscriminator(c.disc_ch, c.disc_layers).to(device)
+    if c.disc_weight or c.feature_weight:
+        disc = Discriminator(c.disc, c.disc_ch, c.disc_layers).to(device)
         disc_opt = torch.optim.Adam(disc.parameters(), lr=c.lr, betas=tuple(c.betas))
-    parts = {"vae": vae, "opt": opt, "disc": disc, "disc_opt": disc_opt}
+    parts = {"vae": vae, "average": average, "opt": opt, "disc": disc, "disc_opt": disc_opt}
     states.lock()
     start = states.begin(parts, settings)
     if args.init:
         drr.fill(vae, drr.read_model(args.init)[0], args.init)
+        average.decoder.load_state_dict(vae.decoder.state_dict())
+        average.post_quant_conv.load_state_dict(vae.post_quant_conv.state_dict())
     if c.compile:
         torch._functorch.config.donated_buffer = False         # adaptive_weight goes through the graph twice
     forward = training.parallel(torch.compile(vae) if c.compile else vae, device)
     hinge_loss = training.parallel(HingeLoss(disc), device) if disc else None
 
-    def backward(images, quantized, adversarial):
-        """Forward and backward of one micro-batch: adds its part to the gradients of the step's mean loss. Returns the
-        TERMS, and which vectors (P * D, n_z) were quantized into which codes (P, D)."""
+    def backward(images, quantized, adversary):
+        """Forward and backward of one micro-batch: adds its part to the gradients of the step's mean loss. adversary: None
+        without one, else from 0 to 1, how much of it the decoder is to feel. Returns the TERMS, and which vectors
+        (P * D, n_z) were quantized into which codes (P, D)."""
         x = data.to_float(images, device)
         with autocast(device, dtype):
             recon, commitment, z, codes = forward(x, quantized)
         recon = recon.float()
         error = (recon - x).abs().mean() if c.loss == "l1" else (recon - x).square().mean()
-        perceptual = gan = d_loss = real = fake = weight = torch.zeros((), device=device)
+        perceptual = gan = features = d_loss = real = fake = weight = torch.zeros((), device=device)
         if distance:
             with autocast(device, dtype) if c.perceptual == "efficientnet" else nullcontext():
                 perceptual = distance(recon, x).mean()
-        loss = error + c.perceptual_weight * perceptual + c.commitment_weight * quantized * commitment
-        if adversarial:
-            disc.requires_grad_(False)                         # L_gan = -mean D(x_hat); lambda balances its gradient
-            gan = -disc(recon).mean()
-            weight = adaptive_weight(error + c.perceptual_weight * perceptual, gan, vae.decoder.conv_out.weight)
-            loss = loss + c.disc_weight * weight * gan
+        loss = error + c.perceptual_weight * perceptual
+        if not args.decoder_only:
+            loss = loss + c.commitment_weight * quantized * commitment
+        if adversary is not None:
+            disc.requires_grad_(False)
+            with autocast(device, dtype):
+                logits, found = disc(recon)
+                with torch.no_grad():
+                    wanted = disc(x)[1] if c.feature_weight else found
+            gan = -logits.float().mean()                       # L_gan = -mean D(x_hat)
+            features = feature_matching(found, wanted)
+            weight = torch.ones_like(gan)
+            if c.disc_adaptive:                                # lambda balances the gradients
+                weight = adaptive_weight(error + c.perceptual_weight * perceptual, gan, vae.decoder.conv_out.weight)
+            loss = loss + adversary * (c.disc_weight * weight * gan + c.feature_weight * features)
             disc.requires_grad_(True)
         (loss / count).backward()
-        if adversarial:
-            d_loss, real, fake = hinge_loss(x, recon.detach())
+        if adversary is not None:
+            with autocast(device, dtype):
+                d_loss, real, fake = hinge_loss(x, recon.detach())
             (d_loss / count).backward()
-        terms = torch.stack([loss, error, commitment, perceptual, gan, d_loss, real, fake, weight]).detach()     # TERMS, in order
+        terms = torch.stack([loss, error, commitment, perceptual, gan, features, d_loss, real, fake, weight]).detach()
         return terms, vae.quantizer.residuals(z, codes).flatten(0, -2), codes.flatten(0, -2)
 
     # --- what it will take: one micro-batch is tried -------------------------------------------------------------------
     grey = torch.full((len(own) // count, 3, c.resolution, c.resolution), 127, dtype=torch.uint8)
-    cost = training.measure(lambda: backward(grey, True, disc is not None), count, parts, device, dtype)
+    cost = training.measure(lambda: backward(grey, True, 1.0 if disc else None), count, parts, device, dtype)
     training.announce("vae", c, cost, start, count, device, dtype)
     log = training.Log(out, "vae", start, args.tensorboard)
     print(f"{sum(p.numel() for p in vae.parameters()) / 1e6:.1f}M parameters, {len(views)} views of {len(files)} files, "
@@ -206,16 +267,19 @@ def main():
         # that sees nothing but codes from the start is slow to find the directions of z that no code has yet.
         quantized = step >= c.quantize_start
         adversarial = disc is not None and step >= c.disc_start
+        adversary = min(1.0, (step - c.disc_start) / max(1, c.disc_ramp)) if adversarial else None
+        if adversarial and not c.disc_ramp:
+            adversary = 1.0
         for group in (opt, disc_opt) if disc is not None else (opt,):
             group.param_groups[0]["lr"] = training.learning_rate(step, c, c.decay)
         vectors, chosen, terms = [], [], 0                     # for the codebook: what was quantized, and into what
         for i, images in enumerate(batch.chunk(count)):
             training.synchronize_gradients((forward, hinge_loss), i == count - 1)
-            part, residuals, codes = backward(images, quantized, adversarial)
+            part, residuals, codes = backward(images, quantized, adversary)
             terms = terms + part / count
             vectors.append(residuals)
             chosen.append(codes)
-        norm = nn.utils.clip_grad_norm_(vae.parameters(), c.grad_clip or float("inf"))
+        norm = nn.utils.clip_grad_norm_(trained, c.grad_clip or float("inf"))
         disc_norm = nn.utils.get_total_norm([p.grad for p in disc.parameters()]) if adversarial else torch.zeros_like(norm)
         finite = torch.isfinite(norm + disc_norm + terms.sum())
         stopping, broken = training.on_any_rank(stop.received, not finite, device=device)
@@ -228,7 +292,11 @@ def main():
             disc_opt.step()
             disc_opt.zero_grad(set_to_none=True)
         codes = torch.cat(chosen)
-        vae.quantizer.update_codebook(torch.cat(vectors), codes.flatten(), generator if c.restart else None)
+        if not args.decoder_only:
+            vae.quantizer.update_codebook(torch.cat(vectors), codes.flatten(), generator if c.restart else None)
+        decay = min(c.weights_ema, (1 + step) / (10 + step))   # a short memory at first, so that the start is forgotten
+        with torch.no_grad():
+            torch._foreach_lerp_(*averaged, 1 - decay)
 
         # --- log, look, save -----------------------------------------------------------------------------------------
         done, seen, last = step + 1, seen + c.batch_size, step + 1 == c.steps
@@ -244,11 +312,9 @@ def main():
                    **{f"perplexity_{d + 1}": v for d, v in enumerate(perplexity)}, "val_psnr": ""}
             unreadable = 0
             if look and rank == 0:
-                vae.eval()
-                save_picture(grid(to_pixels(drr.reconstructions(vae, val[:8])), 1 + c.depth, max(1, 64 // c.resolution)),
+                save_picture(grid(to_pixels(drr.reconstructions(average, val[:8])), 1 + c.depth, max(1, 64 // c.resolution)),
                              out / f"vae_{done:06d}.png")
-                row["val_psnr"] = psnr(vae, val)
-                vae.train()
+                row["val_psnr"] = psnr(average, val)
             log.write(row)
             bar.set_postfix_str(f"loss {row['loss']:.4f} {rate:.0f} img/s")
             balance = f"disc {row['disc']:.3f} ({row['logits_real']:+.2f} {row['logits_fake']:+.2f})" if adversarial else ""
@@ -260,14 +326,14 @@ def main():
         if done % c.save_every == 0 or last or stopping:
             states.save(done)
             if rank == 0 and (last or not stopping):
-                drr.save_vae(out / "vae.safetensors", vae, config)
+                drr.save_vae(out / "vae.safetensors", average, config, former)
         if look:
             log.draw()
             clock, seen = time.time(), 0                       # the speed is that of training
         if stopping and not last:
             stop.leave(done)
     if start >= c.steps and rank == 0:       # nothing was left to train
-        drr.save_vae(out / "vae.safetensors", vae, config)
+        drr.save_vae(out / "vae.safetensors", average, config, former)
     print(f"wrote {out / 'vae.safetensors'}")
 
 
