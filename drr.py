@@ -830,41 +830,6 @@ def conditions(c, classes):
     return {"class": len(classes), "text": c.text_vocab, "none": 1}[c.cond]
 
 
-def load_official_rqvae(path, c):
-    """The published RQ-VAE weights (kakaobrain/rq-vae-transformer; .pt or .safetensors) as an RQVAE, float32.
-
-    c: the section `vae` with the release's sizes, `imagenet-256` for the ImageNet one. Only tensors are read from a
-    .pt file (weights_only). Raises UserError for a file that is not such a release, or not of these sizes.
-    """
-    try:
-        state = load_file(path) if Path(path).suffix == ".safetensors" else torch.load(
-            path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"The file {path} does not exist.") from None
-    except Exception as error:                  # truncated, no torch file, or a pickle with code in it: none is run
-        raise UserError(f"{path} is no RQ-VAE release that can be read safely ({type(error).__name__}).") from None
-    if isinstance(state, dict):
-        state = state.get("state_dict", state)  # .safetensors has no nested dictionaries, only prefixes
-    if not isinstance(state, dict) or not all(isinstance(k, str) for k in state):
-        raise UserError(f"{path} holds no state dict; it is no RQ-VAE release.")
-    if any(k.startswith("state_dict.") for k in state):
-        state = {k.removeprefix("state_dict."): v for k, v in state.items() if k.startswith("state_dict.")}
-    # The shared codebook is stored once per depth; its last row is padding, never a code.
-    books = {k: state.pop(k) for k in list(state) if k.startswith("quantizer.codebooks.")}
-    names = {"weight": "codebook", "cluster_size_ema": "cluster_size", "embed_ema": "embed_sum"}
-    for d in range(c.depth):
-        for theirs, ours in names.items():
-            key = f"quantizer.codebooks.{d}.{theirs}"
-            if key not in books:
-                raise UserError(f"{path} has no {key}; it is no RQ-VAE release of depth {c.depth}.")
-            tensor = books[key][:-1] if theirs == "weight" else books[key]
-            if not torch.equal(tensor, state.setdefault(f"quantizer.{ours}", tensor)):
-                raise UserError(f"{path} has a codebook per depth; only one shared by all depths is supported.")
-    vae = RQVAE(c)
-    fill(vae, state, path)
-    return vae.requires_grad_(False).eval()
-
-
 def save_model(path, tensors, meta):
     tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
     with replacing(path) as temporary:

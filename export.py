@@ -37,9 +37,9 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-import backends
+from support import backends
 import drr
-from common import BUNDLED, HERE, peak_ram, random_checkpoint, run, sampling_values
+from support.common import BUNDLED, HERE, peak_ram, random_checkpoint, run, sampling_values
 from drr import UserError
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}

@@ -7,9 +7,7 @@
     python sample.py --reconstruct IN.png                                     # what the RQ-VAE keeps, by depth
 """
 import argparse
-import difflib
 import math
-import re
 import tempfile
 import time
 from pathlib import Path
@@ -20,11 +18,10 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-import data
-import drr
-import fast
-from common import (BUNDLED, PRECISIONS, add_device_arguments, check_sampling, grid, pick_device, run, sampling_values,
-                    save_picture, to_pixels)
+from support import drr
+from support import fast
+from support.common import (BUNDLED, PRECISIONS, add_device_arguments, check_sampling, crop, crop_box, grid, open_image,
+                            pick_classes, pick_device, run, sampling_values, save_picture, to_float, to_pixels)
 from drr import UserError
 
 
@@ -67,41 +64,6 @@ def parse_arguments():
 
 
 # === From the command line to class indices, settings and regions ===================================================
-def find_class(text, classes, titles):
-    """The index of the class that `text` names: a folder name, an index, a title, or a part of one title."""
-    wanted = text.strip().lower().replace(" ", "_")
-    if text.strip() in classes:                                   # a folder may be called 10 and not be class 10
-        return classes.index(text.strip())
-    if re.fullmatch(r"-?[0-9]{1,9}", wanted):
-        if not 0 <= int(wanted) < len(classes):
-            raise UserError(f"Class {wanted} does not exist; this checkpoint has classes 0 to {len(classes) - 1}.")
-        return int(wanted)
-    keys = [t.lower().replace(" ", "_") for t in titles]
-    matches = ([i for i, c in enumerate(classes) if wanted == c.lower()] or [i for i, k in enumerate(keys) if wanted == k]
-               or [i for i, k in enumerate(keys) if wanted and wanted in k])
-    if len(matches) == 1:
-        return matches[0]
-    if matches:
-        listed = ", ".join(f"{i} {titles[i]}" for i in matches[:12]) + (", ..." if len(matches) > 12 else "")
-        raise UserError(f"{text!r} fits {len(matches)} classes; give the index of one: {listed}.")
-    near = difflib.get_close_matches(wanted, keys, 3, cutoff=0.5)
-    raise UserError(f"There is no class {text!r}; " + (f"did you mean {', '.join(near)}?" if near else
-                    f"give an index from 0 to {len(classes) - 1}, a wnid or a name."))
-
-
-def pick_classes(text, info):
-    """--class -> class indices, None standing for the null class."""
-    if info.transformer.cond == "none":
-        if text:
-            raise UserError("This checkpoint was trained without classes; leave --class out.")
-        return [None]
-    if info.transformer.cond == "text":
-        raise UserError("This checkpoint is conditioned on text, which sample.py cannot tokenize yet.")
-    if not text:
-        raise UserError("Which class? Give --class an index, a wnid or a name, for example --class 980; `none` for none.")
-    return [None if t.strip() == "none" else find_class(t, info.classes, info.titles) for t in text.split(",")]
-
-
 def load_model(args, device, dtype):
     """What --checkpoint, --backend and --exported name: a model as drr.TorchModel is one, the
     checkpoint's info, and the device."""
@@ -113,7 +75,7 @@ def load_model(args, device, dtype):
         return fast.torch_model(vae, transformer, device, dtype), info, device
     if args.compile or args.precision == "fp8":
         raise UserError(f"--compile and --precision fp8 are for --backend torch; leave them out with {args.backend}.")
-    import backends
+    from support import backends
     if device.type == "mps":
         if args.device == "mps":
             raise UserError(f"--backend {args.backend} does not run on mps; use --device cpu.")
@@ -159,12 +121,12 @@ def repaint_mask(args, picture, size):
         mask = np.zeros((height, width), bool)
         mask[y0:y1, x0:x1] = True
     else:
-        mask_picture = data.open_image(args.mask, "black").convert("L")
+        mask_picture = open_image(args.mask, "black").convert("L")
         if mask_picture.size != picture.size:
             raise UserError(f"The mask is {mask_picture.width} x {mask_picture.height} and the picture {width} x {height}; "
                             "they must have the same size.")
         mask = np.array(mask_picture) >= 128
-    left, top, side = data.crop_box(width, height, 0, 0)
+    left, top, side = crop_box(width, height, 0, 0)
     rows, columns = np.nonzero(mask)
     rows, columns = rows - top, columns - left                    # pixel corners, relative to the square
     seen = (rows > -1) & (rows < side) & (columns > -1) & (columns < side)
@@ -226,7 +188,7 @@ def main():
         if args.given - {"reconstruct", "out", "checkpoint", "device"}:
             raise UserError("--reconstruct goes with --out, --checkpoint and --device only; leave the other options out.")
         vae, _ = drr.load_vae(Path(BUNDLED if args.checkpoint is None else args.checkpoint) / "vae.safetensors")
-        original = data.to_float(data.crop(data.open_image(args.reconstruct), vae.size)[None], device)
+        original = to_float(crop(open_image(args.reconstruct), vae.size)[None], device)
         out = Path(args.out or "samples/reconstruction.png")
         check_writable(out, [args.reconstruct])
         images = drr.reconstructions(vae.to(device), original)
@@ -249,9 +211,9 @@ def main():
         raise UserError(f"--seed is {args.seed}; expected a number from 0 to {2 ** 63 - 1}.")
     original = mask = None
     if args.image:
-        picture = data.open_image(args.image)
+        picture = open_image(args.image)
         mask = repaint_mask(args, picture, model.size)
-        original = data.to_float(data.crop(picture, model.size)[None], device)
+        original = to_float(crop(picture, model.size)[None], device)
     name = (args.classes or "sample").replace(",", "-").replace(" ", "_").replace("/", "_")[:40]
     out = Path(args.out or f"samples/{name}_seed{args.seed}.png")
     single = [Path(args.out_dir) / f"{i:03d}.png" for i in range(num)] if args.out_dir is not None else []

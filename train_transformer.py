@@ -14,10 +14,10 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-import data
+from support import data
 import drr
-import training
-from common import autocast, grid, load_config, run, sampling_values, save_picture, to_pixels
+from support import runs
+from support.common import autocast, grid, load_config, run, sampling_values, save_picture, to_float, to_pixels
 from drr import UserError
 
 
@@ -51,19 +51,19 @@ def validation_loss(transformer, codes, mask, cond, dtype):
 
 def main():
     # --- set-up ------------------------------------------------------------------------------------------------------
-    parser = training.arguments(__doc__)
+    parser = runs.arguments(__doc__)
     parser.add_argument("--vae", metavar="FILE", help="the trained RQ-VAE (OUT/vae.safetensors)")
     args = parser.parse_intermixed_args()
     config = load_config(args.preset, args.overrides, ("data", "transformer", "sample"))
     c, out = config.transformer, Path(args.out or f"runs/{args.preset}")
-    device, dtype = training.join_ranks(args)
+    device, dtype = runs.join_ranks(args)
     rank, world = drr.ranks()
     if not args.data:
         raise UserError("Training needs --data DIR, a folder with DIR/train/<class>/*.jpg or with images.")
     if c.cond == "text":
         raise UserError("This trainer has no text data yet; use transformer.cond=class or transformer.cond=none.")
-    own, count = training.micro_batches("transformer", c)
-    states = training.States(out, "transformer", args, c.keep)
+    own, count = runs.micro_batches("transformer", c)
+    states = runs.States(out, "transformer", args, c.keep)
     vae, config.vae = drr.load_vae(args.vae or out / "vae.safetensors")
     beside = out / "vae.safetensors"                           # where sample.py will look for it
     if beside.exists() and drr.code_fingerprint(drr.load_vae(beside)[0]) != drr.code_fingerprint(vae):
@@ -81,7 +81,7 @@ def main():
     titles = data.class_titles(args.data, classes)
     views = data.Views(files, labels, classes, vae.size, c.batch_size, config.data)
     views.own = own
-    settings = training.settings_of(config, ("transformer", "data"), str(dtype), data.fingerprint(files),
+    settings = runs.settings_of(config, ("transformer", "data"), str(dtype), data.fingerprint(files),
                                     **{"the RQ-VAE": drr.code_fingerprint(vae)})
     states.lock()
     online = c.soft_labels or c.stochastic_codes               # these need z, which is too large to store
@@ -91,7 +91,7 @@ def main():
         views.load(device)
     val, val_labels = data.validation_images(args.data, vae.size, 1024, classes, out / "shards")
     if val is not None:
-        val = torch.cat([data.encode(vae, data.to_float(x, device), dtype) for x in val.split(128)])
+        val = torch.cat([data.encode(vae, to_float(x, device), dtype) for x in val.split(128)])
 
     # --- model -------------------------------------------------------------------------------------------------------
     conditions = drr.conditions(c, classes)
@@ -102,7 +102,7 @@ def main():
     # DEVIATION: a moving average of the weights is the result; the paper does not say that it has one.
     ema = copy.deepcopy(transformer).requires_grad_(False).eval()
     if c.shard:
-        whole_ema = training.shard(transformer, ema)
+        whole_ema = runs.shard(transformer, ema)
     else:
         transformer.to(device), ema.to(device)
         whole_ema = lambda: ema
@@ -116,7 +116,7 @@ def main():
     if rank == 0 and not beside.exists():
         drr.save_vae(beside, vae, config)
     forward = torch.compile(transformer) if c.compile else transformer
-    forward = forward if c.shard else training.parallel(forward, device)
+    forward = forward if c.shard else runs.parallel(forward, device)
 
     def backward(codes, mask, cond, z, weight):
         """Forward and backward of one micro-batch, which has `weight` of the step's hidden stacks: they all count the same.
@@ -138,15 +138,15 @@ def main():
     like = torch.zeros(len(own) // count, N, D, dtype=torch.int64, device=device)
     mask = (torch.arange(N, device=device) < 2 / math.pi * N).expand(len(like), N)                     # the mean share
     grey = torch.zeros(len(like), 3, vae.size, vae.size, device=device)
-    cost = training.measure(lambda: backward(like, mask, to_cond(like[:, 0, 0]), encode(grey) if online else None, 1),
+    cost = runs.measure(lambda: backward(like, mask, to_cond(like[:, 0, 0]), encode(grey) if online else None, 1),
                             count, parts, device, dtype)
-    training.announce("transformer", c, cost, start, count, device, dtype)
-    log = training.Log(out, "transformer", start, args.tensorboard)
+    runs.announce("transformer", c, cost, start, count, device, dtype)
+    log = runs.Log(out, "transformer", start, args.tensorboard)
     print(f"{sum(p.numel() for p in transformer.parameters()) / 1e6:.1f}M parameters, {len(views)} views, {len(classes)} "
           f"classes, {world} x {device} {str(dtype)[6:]}, steps {start}..{c.steps} -> {out}")
 
     # --- loop --------------------------------------------------------------------------------------------------------
-    stop = training.StopSignal()
+    stop = runs.StopSignal()
     clock, seen = time.time(), 0
     images = views.batches(start, c.steps) if online else None
     bar = tqdm(range(start, c.steps), "train_transformer", c.steps, initial=start, unit="step", disable=rank > 0)
@@ -156,7 +156,7 @@ def main():
         n_hidden, mask = mask.sum(), mask[own].to(device)
         if online:
             pictures, labels, _ = next(images)
-            z = [encode(data.to_float(x, device)) for x in pictures.chunk(count)]
+            z = [encode(to_float(x, device)) for x in pictures.chunk(count)]
             temperature, noise = c.code_temperature if c.stochastic_codes else 0.0, code_noise[own].to(device).chunk(count)
             codes = torch.cat([vae.quantizer.quantize(part, temperature, u)[0] for part, u in zip(z, noise)])
         else:
@@ -166,17 +166,17 @@ def main():
         cond = to_cond(labels)
         cond = torch.where(drop_noise[own].to(device)[:, None] < c.cond_dropout, transformer.null, cond)
         for group in opt.param_groups:
-            group["lr"] = training.learning_rate(step, c)
+            group["lr"] = runs.learning_rate(step, c)
         result = 0
         for i, part in enumerate(zip(codes.chunk(count), mask.chunk(count), cond.chunk(count), z)):
-            training.synchronize_gradients([forward], i == count - 1)
+            runs.synchronize_gradients([forward], i == count - 1)
             result = result + backward(*part, part[1].sum() / n_hidden)
-        norm = training.full(nn.utils.clip_grad_norm_(transformer.parameters(), c.grad_clip or float("inf")))
-        stopping, broken = training.on_any_rank(stop.received, not torch.isfinite(norm + result.sum()), device=device)
+        norm = runs.full(nn.utils.clip_grad_norm_(transformer.parameters(), c.grad_clip or float("inf")))
+        stopping, broken = runs.on_any_rank(stop.received, not torch.isfinite(norm + result.sum()), device=device)
         if broken:
-            loss = training.total(result)[0].tolist()
+            loss = runs.total(result)[0].tolist()
             terms = {f"the loss of depth {d + 1}": v for d, v in enumerate(loss)}
-            training.refuse_infinity(terms, step, states.last, "a lower transformer.lr")
+            runs.refuse_infinity(terms, step, states.last, "a lower transformer.lr")
         opt.step()
         opt.zero_grad(set_to_none=True)
         decay = min(c.weights_ema, (1 + step) / (10 + step))   # a short memory at first, so that the start is forgotten
@@ -190,8 +190,8 @@ def main():
         result_ema = whole_ema() if look or save else None     # on rank 0
         if look or done % c.log_every == 0:
             rate, clock, seen = seen / (time.time() - clock), time.time(), 0
-            loss, accuracy = training.total(result).tolist()
-            everyones = training.everyones(codes.flatten(0, 1))
+            loss, accuracy = runs.total(result).tolist()
+            everyones = runs.everyones(codes.flatten(0, 1))
             usage, perplexity = (v.tolist() for v in drr.codebook_usage(everyones, config.vae.codebook_size))
             by_depth = {"loss": loss, "accuracy": accuracy, "usage": usage, "perplexity": perplexity}
             row = {"step": done, "loss": sum(loss) / D, "grad_norm": norm.item(), "lr": opt.param_groups[0]["lr"],

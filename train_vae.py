@@ -15,10 +15,10 @@ from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 from tqdm import tqdm
 
-import data
+from support import data
 import drr
-import training
-from common import autocast, efficientnet_lite0, grid, load_config, run, save_picture, to_pixels
+from support import runs
+from support.common import autocast, efficientnet_lite0, grid, load_config, run, save_picture, to_float, to_pixels
 from drr import UserError
 
 
@@ -135,19 +135,20 @@ TERMS = ("loss", "reconstruction", "commitment", "perceptual", "gan", "features"
 
 def main():
     # --- set-up ------------------------------------------------------------------------------------------------------
-    parser = training.arguments(__doc__)
+    parser = runs.arguments(__doc__)
     parser.add_argument("--official", metavar="FILE", help="convert the published RQ-VAE weights; no training")
     parser.add_argument("--decoder-only", metavar="FILE", help="train the decoder of this vae.safetensors alone; its codes stay")
     args = parser.parse_intermixed_args()
     config = load_config(args.preset, args.overrides, ("data", "vae"))
     c, out = config.vae, Path(args.out or f"runs/{args.preset}")
-    device, dtype = training.join_ranks(args)
+    device, dtype = runs.join_ranks(args)
     rank, world = drr.ranks()
     if args.official:
+        from support.official import load_official_rqvae
         if args.init or args.resume or args.data or args.tensorboard:
             raise UserError("--official converts weights and trains nothing; leave --init, --resume, --data and --tensorboard out.")
-        training.refuse_replacing(out / "vae.safetensors", args.force)
-        drr.save_vae(out / "vae.safetensors", drr.load_official_rqvae(args.official, c), config)
+        runs.refuse_replacing(out / "vae.safetensors", args.force)
+        drr.save_vae(out / "vae.safetensors", load_official_rqvae(args.official, c), config)
         return print(f"wrote {out / 'vae.safetensors'}")
     if not args.data:
         raise UserError("Training needs --data DIR, a folder with DIR/train/<class>/*.jpg or with images.")
@@ -164,8 +165,8 @@ def main():
         former = drr.former_fingerprints(args.decoder_only, source)
     if c.disc_weight and c.resolution >> max(1, c.disc_layers) < 3:
         raise UserError(f"vae.disc_layers is {c.disc_layers}, which leaves nothing of {c.resolution} pixels; take fewer.")
-    own, count = training.micro_batches("vae", c)
-    states = training.States(out, "vae", args, c.keep)
+    own, count = runs.micro_batches("vae", c)
+    states = runs.States(out, "vae", args, c.keep)
     distance = perceptual_loss(c.perceptual, device) if c.perceptual_weight else None
     torch.manual_seed(config.data.seed)                        # the initial weights; nothing else draws from it
 
@@ -173,14 +174,14 @@ def main():
     files, labels, classes = data.find_images(args.data, index=out / "shards")
     views = data.Views(files, labels, classes, c.resolution, c.batch_size, config.data)
     frozen = {"the codes of --decoder-only": drr.code_fingerprint(source)} if args.decoder_only else {}
-    settings = training.settings_of(config, ("vae", "data"), str(dtype), data.fingerprint(files), **frozen)
+    settings = runs.settings_of(config, ("vae", "data"), str(dtype), data.fingerprint(files), **frozen)
     if config.data.in_memory:
         views.load(device)
     val, _ = data.validation_images(args.data, c.resolution, 512, classes, out / "shards")
     if val is None:
         val = views[0][0]
         print(f"{args.data} has no val: val_psnr is that of {len(val)} pictures of the training")
-    val = data.to_float(val, device)
+    val = to_float(val, device)
     views.own = own
 
     # --- model -------------------------------------------------------------------------------------------------------
@@ -208,14 +209,14 @@ def main():
         average.post_quant_conv.load_state_dict(vae.post_quant_conv.state_dict())
     if c.compile:
         torch._functorch.config.donated_buffer = False         # adaptive_weight goes through the graph twice
-    forward = training.parallel(torch.compile(vae) if c.compile else vae, device)
-    hinge_loss = training.parallel(HingeLoss(disc), device) if disc else None
+    forward = runs.parallel(torch.compile(vae) if c.compile else vae, device)
+    hinge_loss = runs.parallel(HingeLoss(disc), device) if disc else None
 
     def backward(images, quantized, adversary):
         """Forward and backward of one micro-batch: adds its part to the gradients of the step's mean loss. adversary: None
         without one, else from 0 to 1, how much of it the decoder is to feel. Returns the TERMS, and which vectors
         (P * D, n_z) were quantized into which codes (P, D)."""
-        x = data.to_float(images, device)
+        x = to_float(images, device)
         with autocast(device, dtype):
             recon, commitment, z, codes = forward(x, quantized)
         recon = recon.float()
@@ -250,14 +251,14 @@ def main():
 
     # --- what it will take: one micro-batch is tried -------------------------------------------------------------------
     grey = torch.full((len(own) // count, 3, c.resolution, c.resolution), 127, dtype=torch.uint8)
-    cost = training.measure(lambda: backward(grey, True, 1.0 if disc else None), count, parts, device, dtype)
-    training.announce("vae", c, cost, start, count, device, dtype)
-    log = training.Log(out, "vae", start, args.tensorboard)
+    cost = runs.measure(lambda: backward(grey, True, 1.0 if disc else None), count, parts, device, dtype)
+    runs.announce("vae", c, cost, start, count, device, dtype)
+    log = runs.Log(out, "vae", start, args.tensorboard)
     print(f"{sum(p.numel() for p in vae.parameters()) / 1e6:.1f}M parameters, {len(views)} views of {len(files)} files, "
           f"{world} x {device} {str(dtype)[6:]}, steps {start}..{c.steps} -> {out}")
 
     # --- loop --------------------------------------------------------------------------------------------------------
-    stop = training.StopSignal()
+    stop = runs.StopSignal()
     clock, seen, unreadable = time.time(), 0, 0
     bar = tqdm(views.batches(start, c.steps), "train_vae", c.steps, initial=start, unit="step", disable=rank > 0)
     for step, (batch, _, bad) in enumerate(bar, start):
@@ -271,10 +272,10 @@ def main():
         if adversarial and not c.disc_ramp:
             adversary = 1.0
         for group in (opt, disc_opt) if disc is not None else (opt,):
-            group.param_groups[0]["lr"] = training.learning_rate(step, c, c.decay)
+            group.param_groups[0]["lr"] = runs.learning_rate(step, c, c.decay)
         vectors, chosen, terms = [], [], 0                     # for the codebook: what was quantized, and into what
         for i, images in enumerate(batch.chunk(count)):
-            training.synchronize_gradients((forward, hinge_loss), i == count - 1)
+            runs.synchronize_gradients((forward, hinge_loss), i == count - 1)
             part, residuals, codes = backward(images, quantized, adversary)
             terms = terms + part / count
             vectors.append(residuals)
@@ -282,10 +283,10 @@ def main():
         norm = nn.utils.clip_grad_norm_(trained, c.grad_clip or float("inf"))
         disc_norm = nn.utils.get_total_norm([p.grad for p in disc.parameters()]) if adversarial else torch.zeros_like(norm)
         finite = torch.isfinite(norm + disc_norm + terms.sum())
-        stopping, broken = training.on_any_rank(stop.received, not finite, device=device)
+        stopping, broken = runs.on_any_rank(stop.received, not finite, device=device)
         if broken:
-            named = dict(zip(TERMS, training.total(terms).tolist()), **{"the discriminator's gradient": disc_norm.item()})
-            training.refuse_infinity(named, step, states.last, "a lower vae.lr")
+            named = dict(zip(TERMS, runs.total(terms).tolist()), **{"the discriminator's gradient": disc_norm.item()})
+            runs.refuse_infinity(named, step, states.last, "a lower vae.lr")
         opt.step()
         opt.zero_grad(set_to_none=True)
         if adversarial:
@@ -303,11 +304,11 @@ def main():
         look = done % c.picture_every == 0 or last
         if look or done % c.log_every == 0:
             rate, clock, seen = seen / (time.time() - clock), time.time(), 0
-            usage, perplexity = (v.tolist() for v in drr.codebook_usage(training.everyones(codes), c.codebook_size))
-            row = {"step": done, **dict(zip(TERMS, (training.total(terms) / world).tolist())),
+            usage, perplexity = (v.tolist() for v in drr.codebook_usage(runs.everyones(codes), c.codebook_size))
+            row = {"step": done, **dict(zip(TERMS, (runs.total(terms) / world).tolist())),
                    "grad_norm": norm.item(), "disc_grad_norm": disc_norm.item(), "lr": opt.param_groups[0]["lr"],
                    "images_per_s": rate, "mfu": "" if disc and not adversarial else cost.mfu(rate / c.batch_size),
-                   "unreadable": training.total(torch.tensor(unreadable, device=device)).item(),
+                   "unreadable": runs.total(torch.tensor(unreadable, device=device)).item(),
                    **{f"usage_{d + 1}": v for d, v in enumerate(usage)},
                    **{f"perplexity_{d + 1}": v for d, v in enumerate(perplexity)}, "val_psnr": ""}
             unreadable = 0

@@ -36,7 +36,10 @@ for line in sys.stdin:                       # answers with the pid, then with t
         os.chdir(task["cwd"])
         sys.modules.update(dict.fromkeys(task["without"]))         # those are not found
         sys.argv = task["arguments"]
-        runpy.run_path(sys.argv[0], run_name="__main__")
+        if sys.argv[0].endswith(".py"):
+            runpy.run_path(sys.argv[0], run_name="__main__")
+        else:
+            runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
         sys.exit()
     print(pid, flush=True)
     print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
@@ -58,7 +61,8 @@ def start(script, *arguments, cwd, without=()):
     without: modules that it shall not find."""
     process, folder = server()
     out, err = (str(Path(folder.name, name)) for name in ("out", "err"))
-    arguments = [str(REPO / script), *map(str, arguments)]
+    script = str(REPO / script) if script.endswith(".py") else script           # or tools.evaluate, as for python -m
+    arguments = [script, *map(str, arguments)]
     task = {"arguments": arguments, "cwd": str(cwd), "out": out, "err": err, "without": without}
     print(json.dumps(task), file=process.stdin, flush=True)
     return int(process.stdout.readline())

@@ -7,10 +7,10 @@ import torch
 import yaml
 from conftest import REPO
 
-import common
+from support import common
 import drr
-from common import load_config
-from training import learning_rate
+from support.common import load_config
+from support.runs import learning_rate
 
 DOCUMENT = yaml.safe_load((REPO / "config.yaml").read_text())
 BASE = DOCUMENT["base"]
@@ -57,7 +57,7 @@ def test_loading_a_preset_does_not_change_another():
 
 @pytest.mark.parametrize("section, key", KEYS)
 def test_every_key_is_read_by_a_script(section, key):
-    scripts = "\n".join(p.read_text() for p in REPO.glob("*.py"))
+    scripts = "\n".join(p.read_text() for p in (*REPO.glob("*.py"), *REPO.glob("support/*.py")))
     assert re.search(rf"(\bc|config\.{section}|info\.{section}|section|values)\.{key}\b", scripts), f"nothing reads {section}.{key}"
 
 

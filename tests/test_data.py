@@ -19,7 +19,8 @@ import torch
 from conftest import TESTS, vae_section
 from PIL import Image
 
-import data
+import support.shards
+from support import common, data
 import drr
 
 PHOTOS = TESTS / "photos"
@@ -169,7 +170,7 @@ def test_validation_pictures_come_from_shards_too(shards, tmp_path):
     path = write(tmp_path / "7.png")
     pack(shards / "val" / "0.tar", labelled(path, 1))
     images, labels = data.validation_images(shards, 16, 10, data.find_images(shards)[2], tmp_path / "index")
-    assert labels.tolist() == [1] and torch.equal(images[0], data.crop(data.open_image(path), 16))
+    assert labels.tolist() == [1] and torch.equal(images[0], common.crop(common.open_image(path), 16))
 
 
 def test_a_damaged_picture_within_a_shard_is_replaced_and_counted(shards, tmp_path):
@@ -177,7 +178,7 @@ def test_a_damaged_picture_within_a_shard_is_replaced_and_counted(shards, tmp_pa
     broken.write_bytes(b"broken")
     pack(tmp_path / "some" / "train" / "0.tar", labelled(broken, 0) + labelled(good, 0))
     images, _, bad = make_views(tmp_path / "some", in_memory=False, flip=False)[0]
-    assert all(torch.equal(image, data.crop(data.open_image(good), 16)) for image in images)
+    assert all(torch.equal(image, common.crop(common.open_image(good), 16)) for image in images)
     assert bad == (make_views(tmp_path / "some").draw(0)[0] == 0).sum() > 0
 
 
@@ -233,8 +234,8 @@ def test_indices_of_shards_are_read_one_at_a_time(shards, tmp_path, monkeypatch)
 
 
 def test_a_shard_is_read_once_and_again_when_it_has_changed(shards, tmp_path, monkeypatch):
-    read, original = [], data.read_shard
-    monkeypatch.setattr(data, "read_shard", lambda path: read.append(path.name) or original(path))
+    read, original = [], support.shards.read_shard
+    monkeypatch.setattr(support.shards, "read_shard", lambda path: read.append(path.name) or original(path))
     first, labels, _ = data.find_images(shards, index=tmp_path / "index")
     assert sorted(read) == ["000000.tar", "000001.tar", "000002.tar"]
     again, again_labels, _ = data.find_images(shards, index=tmp_path / "index")
@@ -255,8 +256,8 @@ def test_a_shard_is_read_once_and_again_when_it_has_changed(shards, tmp_path, mo
 def test_the_first_view_is_the_central_square():
     image = np.zeros((20, 40, 3), np.uint8)
     image[:, 10:30] = 200                                                      # the central square of 40 x 20
-    assert data.crop_box(40, 20, 0, 123) == (10, 0, 20)
-    seen = data.crop(Image.fromarray(image), 20)
+    assert common.crop_box(40, 20, 0, 123) == (10, 0, 20)
+    seen = common.crop(Image.fromarray(image), 20)
     assert seen.shape == (3, 20, 20) and seen.dtype == torch.uint8 and torch.all(seen == 200)
 
 
@@ -264,10 +265,10 @@ def test_the_first_view_is_the_central_square():
 def test_other_views_lie_within_the_picture_and_are_the_same_every_time(width, height):
     short, boxes = min(width, height), []
     for view in range(1, 100):
-        left, top, side = box = data.crop_box(width, height, view, 7)
+        left, top, side = box = common.crop_box(width, height, view, 7)
         assert 0.6 * short <= side <= short
         assert 0 <= left and left + side <= width + 1e-9 and 0 <= top and top + side <= height + 1e-9
-        assert box == data.crop_box(width, height, view, 7) != data.crop_box(width, height, view, 8)
+        assert box == common.crop_box(width, height, view, 7) != common.crop_box(width, height, view, 8)
         boxes.append(box)
     assert len(set(boxes)) == 99
     sides = np.array([b[2] for b in boxes])
@@ -289,7 +290,7 @@ def test_transparency_becomes_white(tmp_path):
     palette.putpalette([0, 0, 0, 255, 0, 0])
     palette.save(tmp_path / "palette.png", transparency=1)
     for name in ("clear.png", "clear-grey.png", "palette.png"):
-        assert np.all(np.array(data.open_image(tmp_path / name)) == 255), name
+        assert np.all(np.array(common.open_image(tmp_path / name)) == 255), name
 
 
 @pytest.mark.parametrize("mode, colour, suffix, expected", [
@@ -300,7 +301,7 @@ def test_transparency_becomes_white(tmp_path):
 def test_every_kind_of_picture_becomes_rgb(tmp_path, mode, colour, suffix, expected):
     path = tmp_path / f"picture.{suffix}"
     Image.new(mode, (9, 7), colour).save(path)
-    opened = data.open_image(path)
+    opened = common.open_image(path)
     assert opened.mode == "RGB" and opened.size == (9, 7)
     if expected:
         assert np.abs(np.array(opened).astype(int) - expected).max() <= 4
@@ -308,7 +309,7 @@ def test_every_kind_of_picture_becomes_rgb(tmp_path, mode, colour, suffix, expec
 
 def test_a_16_bit_picture_keeps_its_brightness(tmp_path):
     Image.fromarray(np.full((8, 8), 100 * 257, np.uint16)).save(tmp_path / "deep.png")
-    opened = np.array(data.open_image(tmp_path / "deep.png"))
+    opened = np.array(common.open_image(tmp_path / "deep.png"))
     assert opened.shape == (8, 8, 3) and np.all(np.abs(opened.astype(int) - 100) <= 1)
 
 
@@ -316,14 +317,14 @@ def test_a_16_bit_picture_keeps_its_brightness(tmp_path):
 def test_a_picture_of_unknown_brightness_is_the_users_mistake(tmp_path, kind):
     Image.fromarray(np.ones((8, 8), kind)).save(tmp_path / "deep.tiff")
     with pytest.raises(drr.UserError, match="32 bits"):
-        data.open_image(tmp_path / "deep.tiff")
+        common.open_image(tmp_path / "deep.tiff")
 
 
 def test_the_camera_s_orientation_is_respected(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6                                                           # turn by 90 degrees to see it upright
     picture().save(tmp_path / "turned.jpg", exif=exif)
-    assert data.open_image(tmp_path / "turned.jpg").size == (30, 40)
+    assert common.open_image(tmp_path / "turned.jpg").size == (30, 40)
 
 
 @pytest.mark.parametrize("content", [b"", b"no picture at all", None])
@@ -332,7 +333,7 @@ def test_what_is_no_picture_is_the_users_mistake(tmp_path, content):
     path.write_bytes(content if content is not None else write(tmp_path / "whole.jpg").read_bytes()[:300])
     for p in (path, tmp_path / "missing.jpg"):
         with pytest.raises(drr.UserError, match=p.name):
-            data.open_image(p)
+            common.open_image(p)
 
 
 # === Batches ========================================================================================================
@@ -361,7 +362,7 @@ def test_a_batch_holds_the_views_that_were_drawn_half_of_them_mirrored():
     images, labels, _ = views[5]
     for image, label, i, flip in zip(images, labels, index, flips):
         path = views.files[views.file_of[i]]
-        expected = data.crop(data.open_image(path), 16, views.crop_of[i], data.file_seed(path, 0))
+        expected = common.crop(common.open_image(path), 16, views.crop_of[i], data.file_seed(path, 0))
         assert torch.equal(image, expected.flip(-1) if flip else expected)
         assert label == views.labels[i]
     share = np.mean([views.draw(step)[1] for step in range(500)])
@@ -498,7 +499,7 @@ def test_validation_images_are_central_crops_of_known_classes():
     images, labels = data.validation_images(PHOTOS, 16, 10, ["n09332890", "n11939491"])
     assert labels.tolist() == [0, 1]
     for image, path in zip(images, sorted((PHOTOS / "val").rglob("*.JPEG"))):
-        assert torch.equal(image, data.crop(data.open_image(path), 16))
+        assert torch.equal(image, common.crop(common.open_image(path), 16))
     assert data.validation_images(PHOTOS, 16, 1, ["n11939491"])[1].tolist() == [0]
     images, labels = data.validation_images(PHOTOS, 16, 10, [""])                  # a training without classes
     assert len(images) == len(labels) > 0 and not labels.any()
@@ -508,7 +509,7 @@ def test_validation_images_are_central_crops_of_known_classes():
 
 
 def test_pixels_become_numbers_from_minus_one_to_one():
-    x = data.to_float(torch.tensor([0, 255], dtype=torch.uint8), "cpu")
+    x = common.to_float(torch.tensor([0, 255], dtype=torch.uint8), "cpu")
     assert x.tolist() == [-1, 1]
 
 
@@ -530,7 +531,7 @@ def cached(views, vae, directory):
 def test_cached_codes_are_those_of_the_crops_and_of_their_mirror_images(tmp_path, vae):
     views = make_views(size=32, views=2)
     codes = cached(views, vae, tmp_path)
-    x = data.to_float(torch.stack([views.crop(i) for i in range(len(views))]), "cpu")
+    x = common.to_float(torch.stack([views.crop(i) for i in range(len(views))]), "cpu")
     assert codes.shape == (2, 30, 64, 4) and codes.dtype == np.uint16
     for flip, images in enumerate((x, x.flip(-1))):
         assert torch.equal(torch.from_numpy(codes[flip].astype(np.int64)), vae.encode(images))
@@ -575,7 +576,7 @@ def test_broken_files_are_dropped_from_the_cache_and_from_the_views(partly_broke
         views = make_views(partly_broken, size=32, views=2)
         codes = cached(views, vae, tmp_path / "codes")
         assert codes.shape == (2, 10, 64, 4) and len(views) == 10
-        x = data.to_float(torch.stack([views.crop(i) for i in range(10)]), "cpu")
+        x = common.to_float(torch.stack([views.crop(i) for i in range(10)]), "cpu")
         assert torch.equal(torch.from_numpy(np.array(codes[0]).astype(np.int64)), vae.encode(x))
 
 

@@ -6,9 +6,9 @@ import sys
 import pytest
 import torch
 
-import common
-import estimate
-from common import load_config
+from support import common
+from tools import estimate
+from support.common import load_config
 from processes import run
 
 CPU = torch.device("cpu")
@@ -125,7 +125,7 @@ def test_a_batch_that_the_gpus_cannot_share_is_refused():
 
 def test_the_script(monkeypatch, capsys):
     def execute(*words):
-        monkeypatch.setattr(sys, "argv", ["estimate.py", *words])
+        monkeypatch.setattr(sys, "argv", ["tools.estimate", *words])
         estimate.main()
         return capsys.readouterr().out
 

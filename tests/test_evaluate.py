@@ -15,9 +15,8 @@ from processes import execute
 from processes import run as run_script
 from test_training import torchrun
 
-import common
-import data
-import evaluate
+from support import common
+from tools import evaluate
 
 NO_CLASSIFIER = importlib.util.find_spec("efficientnet_lite_pytorch") is None
 PHOTOS = TESTS / "photos" / "train"
@@ -55,7 +54,7 @@ def pictures(folder, n, size=32, seed=0):
 def call(monkeypatch, capsys, tmp_path):
     """call(...) is `python evaluate.py ...` in this process: the exit status, what it printed, the last line of its errors."""
     def call(*arguments, cwd=tmp_path):
-        monkeypatch.setattr("sys.argv", ["evaluate.py", *map(str, arguments)])
+        monkeypatch.setattr("sys.argv", ["tools.evaluate", *map(str, arguments)])
         monkeypatch.chdir(cwd)
         status = 0
         try:
@@ -181,7 +180,7 @@ def test_samples_are_resumed_extended_and_the_same_on_two_ranks(net, call, tmp_p
     assert labels.tolist() == 5 * sorted(set(labels.tolist())) and 980 in labels
     assert len(np.unique(images.reshape(20, -1), axis=0)) == 20                         # no picture twice
     flat = call("--reference", PHOTOS, "--crop", "--samples", "all.npz", "--features", net)
-    both = torchrun(2, "evaluate.py", *command, "--number", 20, "--out", "two", cwd=tmp_path)
+    both = torchrun(2, "tools.evaluate", *command, "--number", 20, "--out", "two", cwd=tmp_path)
     two = {p.name: p.read_bytes() for p in (tmp_path / "two").glob("part-*")}
     assert two == again
     assert numbers(both.output)["FID-like"] == numbers(flat.stdout)["FID-like"]
@@ -290,7 +289,7 @@ def test_inception_without_its_package_says_what_to_install(call):
 def test_our_classifier_names_its_classes_and_tells_pictures_apart():
     network = evaluate.load_features("classifier", torch.device("cpu"))
     files = sorted(PHOTOS.rglob("*.JPEG"))
-    images = torch.stack([data.crop(data.open_image(f), 32) for f in files])
+    images = torch.stack([common.crop(common.open_image(f), 32) for f in files])
     features, logits = evaluate.measure(network, [images], len(files), "photographs", torch.device("cpu"))
     assert features.shape == (len(files), 64) and logits.shape == (len(files), 200)
     assert len(set(network.classes)) == 200 and {"n02814860", "n09332890"} <= set(network.classes)     # beacon, lakeside
@@ -321,7 +320,7 @@ def test_a_classifier_is_trained_and_used(call, tmp_path):
 def test_efficientnet_knows_real_photographs():
     """Four photographs of classes that it was trained on; at 128x128 it names at least one of them."""
     files = sorted(PHOTOS.rglob("*.JPEG"))
-    images = torch.stack([data.crop(data.open_image(f), 128) for f in files])
+    images = torch.stack([common.crop(common.open_image(f), 128) for f in files])
     network = evaluate.load_features("efficientnet", torch.device("cpu"))
     features, logits = evaluate.measure(network, [images], len(images), "photographs", torch.device("cpu"))
     assert features.shape == (len(files), 1280)

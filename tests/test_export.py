@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import REPO, TESTS, sample_section, transformer_section, vae_section
 
-import backends
+from support import backends
 import drr
 import export
 import sample

@@ -8,15 +8,15 @@ import pytest
 import torch
 from conftest import random_codes, sample_section, tiny_transformer
 from PIL import Image
-from plain import plain_decode
+from tools.strategies import plain_decode
 from processes import execute
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-import bench
-import common
+from tools import bench
+from support import common
 import drr
-import fast
+from support import fast
 
 N, D = 16, 4
 CPU = torch.device("cpu")
@@ -267,7 +267,7 @@ def table(text):
 
 
 def test_bench_times_every_mode(tmp_path):
-    done = execute("bench.py", "--preset", "smoke", "--mode", "eager,plain,raster", "--batch", "1,2", "--t-draft", 8, "--repeat", 1,
+    done = execute("tools.bench", "--preset", "smoke", "--mode", "eager,plain,raster", "--batch", "1,2", "--t-draft", 8, "--repeat", 1,
                    "--precision", "fp32", "rounds=1", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     rows = table(done.stdout)
@@ -282,7 +282,7 @@ def test_bench_times_every_mode(tmp_path):
 
 
 def test_bench_times_training_steps(tmp_path):
-    done = execute("bench.py", "--train", "smoke", "--repeat", 1, "--precision", "fp32", cwd=tmp_path)
+    done = execute("tools.bench", "--train", "smoke", "--repeat", 1, "--precision", "fp32", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     rows = table(done.stdout)
     assert [r["stage"] for r in rows] == ["vae", "transformer"]
@@ -295,5 +295,5 @@ def test_bench_times_training_steps(tmp_path):
     (["t_draft=3"], "--t-draft"), (["--train", "smoke", "--batch", 2], "--batch"), (["--repeat", 0], "--repeat"), (["--batch", "x"], "whole"),
     (["--mode", "plain", "order=sobol"], "plain")])
 def test_mistakes_are_one_sentence(arguments, word, tmp_path):
-    done = execute("bench.py", *arguments, cwd=tmp_path)
+    done = execute("tools.bench", *arguments, cwd=tmp_path)
     assert done.returncode == 2 and "Traceback" not in done.stderr and word in done.stderr.splitlines()[-1]

@@ -4,7 +4,7 @@ import builtins
 import pytest
 from PIL import Image
 
-import plots
+from support import plots
 from drr import UserError
 
 VAE = ("step,reconstruction,val_psnr,perceptual,usage_1,usage_2,remark\n"

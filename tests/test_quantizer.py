@@ -11,6 +11,7 @@ from conftest import TESTS, vae_section
 from safetensors.torch import load_file
 
 import drr
+from support.official import load_official_rqvae
 
 FIXTURE = TESTS / "fixtures" / "rqvae.safetensors"
 
@@ -23,7 +24,7 @@ def official():
 
 @pytest.fixture(scope="module")
 def vae():
-    return drr.load_official_rqvae(FIXTURE, vae_section())
+    return load_official_rqvae(FIXTURE, vae_section())
 
 
 def raster(t):
@@ -91,7 +92,7 @@ def state_dict(official):
 
 def test_official_pt_file_gives_the_same_weights(tmp_path, vae, official):
     torch.save({"epoch": 9, "state_dict": state_dict(official)}, tmp_path / "release.pt")
-    loaded = drr.load_official_rqvae(tmp_path / "release.pt", vae_section())
+    loaded = load_official_rqvae(tmp_path / "release.pt", vae_section())
     assert drr.fingerprint(loaded) == drr.fingerprint(vae)
 
 
@@ -111,7 +112,7 @@ def test_official_file_with_code_in_it_is_refused_and_not_executed(tmp_path):
     (tmp_path / "plain.pt").write_bytes(pickle.dumps(Attack(evidence), 2))
     for name in ("evil.pt", "plain.pt"):
         with pytest.raises(drr.UserError, match=name):
-            drr.load_official_rqvae(tmp_path / name, vae_section())
+            load_official_rqvae(tmp_path / name, vae_section())
     assert not evidence.exists()
     pickle.loads((tmp_path / "plain.pt").read_bytes())       # the attack is a real one: pickle itself falls for it
     assert evidence.exists()
@@ -120,14 +121,14 @@ def test_official_file_with_code_in_it_is_refused_and_not_executed(tmp_path):
 @pytest.mark.parametrize("change", [dict(ch=64), dict(depth=5), dict(codebook_size=128), dict(ch_mult=[1, 2])])
 def test_official_weights_of_another_architecture_are_refused(change):
     with pytest.raises(drr.UserError):
-        drr.load_official_rqvae(FIXTURE, vae_section(**change))
+        load_official_rqvae(FIXTURE, vae_section(**change))
 
 
 def test_official_file_that_is_missing_or_damaged_is_refused(tmp_path):
     (tmp_path / "short.safetensors").write_bytes(FIXTURE.read_bytes()[:5000])
     for name in ("short.safetensors", "missing.safetensors", "missing.pt"):
         with pytest.raises(drr.UserError, match=name):
-            drr.load_official_rqvae(tmp_path / name, vae_section())
+            load_official_rqvae(tmp_path / name, vae_section())
 
 
 def test_official_weights_with_a_codebook_per_depth_are_refused(tmp_path, official):
@@ -135,7 +136,7 @@ def test_official_weights_with_a_codebook_per_depth_are_refused(tmp_path, offici
     state["quantizer.codebooks.2.weight"][0] += 1
     torch.save({"state_dict": state}, tmp_path / "unshared.pt")
     with pytest.raises(drr.UserError, match="shared"):
-        drr.load_official_rqvae(tmp_path / "unshared.pt", vae_section())
+        load_official_rqvae(tmp_path / "unshared.pt", vae_section())
 
 
 # === Quantizing: against nested loops ===============================================================================

@@ -20,7 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import drr
-import sample
+from support import common
 
 PHOTOS = TESTS / "photos"
 BUNDLED = REPO / "checkpoints" / "tiny-imagenet-32"
@@ -236,7 +236,7 @@ TITLES = ["great_white_shark", "tiger shark", "tiger", "Tiger cat"]
                           ("tiger_shark", 1),
                                          ("white", 0), ("tiger CAT", 3), ("cat", 3)])
 def test_find_class_by_index_wnid_title_or_part_of_one(text, index):
-    assert sample.find_class(text, CLASSES, TITLES) == index
+    assert common.find_class(text, CLASSES, TITLES) == index
 
 
 @pytest.mark.parametrize("text, named",
@@ -245,13 +245,13 @@ def test_find_class_by_index_wnid_title_or_part_of_one(text, index):
                                          ("xyzzy", ["xyzzy"])])
 def test_find_class_names_the_candidates_of_what_it_cannot_find(text, named):
     with pytest.raises(drr.UserError) as error:
-        sample.find_class(text, CLASSES, TITLES)
+        common.find_class(text, CLASSES, TITLES)
     assert all(name in str(error.value) for name in named)
 
 
 def test_find_class_takes_a_folders_name_before_an_index():
     folders = ["0", "1", "10", "11", "2"]
-    assert [sample.find_class(text, folders, folders) for text in ("2", "10", "1", "3")] == [4, 2, 1, 3]
+    assert [common.find_class(text, folders, folders) for text in ("2", "10", "1", "3")] == [4, 2, 1, 3]
 
 
 # === Mistakes =======================================================================================================

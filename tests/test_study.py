@@ -9,8 +9,8 @@ from test_evaluate import net  # a fixture
 from processes import execute, run
 
 import drr
-import study
-from common import BUNDLED, load_config, sampling_values
+from tools import study
+from support.common import BUNDLED, load_config, sampling_values
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,7 @@ def test_table_marks_what_differs_beyond_its_error():
 
 
 def test_study_from_nothing_to_tables_and_on(net, folder, tmp_path):
-    command = ["study.py", "--data", folder, "--out", "study", "--features", net, "--batch", 4, "--images", 4, "--precision", "fp32",
+    command = ["tools.study", "--data", folder, "--out", "study", "--features", net, "--batch", 4, "--images", 4, "--precision", "fp32",
                "--runs", "draft 8,better"]
     run(*command, "--seeds", 1, cwd=tmp_path)
     with np.load(tmp_path / "study" / "draft_8-0.npz") as arrays:
@@ -93,5 +93,5 @@ def test_study_from_nothing_to_tables_and_on(net, folder, tmp_path):
                                             (["--features", "inceptoin"], "inceptoin"), (["--data", TESTS / "photos"], "at least 4")])
 def test_mistakes_are_one_sentence(arguments, word, net, folder, tmp_path):
     features = [] if "--features" in arguments else ["--features", net]
-    done = execute("study.py", "--data", folder, *features, *arguments, cwd=tmp_path)
+    done = execute("tools.study", "--data", folder, *features, *arguments, cwd=tmp_path)
     assert done.returncode == 2 and "Traceback" not in done.stderr and word in done.stderr

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 import drr
 import processes
-import training
+from support import runs
 from drr import UserError
 
 PHOTOS = TESTS / "photos"
@@ -134,7 +134,7 @@ def test_sigterm_saves_first_and_says_so(arguments, tmp_path):
 
 # === Checkpoints: which are kept, which are believed ================================================================
 @pytest.fixture(scope="module")
-def runs(smoke_vae, tmp_path_factory):
+def six_steps(smoke_vae, tmp_path_factory):
     """A run of six steps of either stage, with the states of steps 4 and 6; each test gets its own copy."""
     folder = tmp_path_factory.mktemp("runs")
     for stage in STAGES:
@@ -148,22 +148,22 @@ SHORT = ("steps=6", "warmup=3", "save_every=2", "log_every=1", "batch_size=8")
 
 
 @pytest.fixture
-def resume(runs, smoke_vae, tmp_path):
+def resume(six_steps, smoke_vae, tmp_path):
     """resume(stage, ...) goes on with a copy of that run, whose folder is resume.out."""
     def call(stage, *more):
         vae = ["--vae", smoke_vae] if stage == "transformer" else []
         data = [] if "--data" in more else ["--data", PHOTOS]
         return train(stage, "smoke", *data, "--out", tmp_path / "run", "--precision", "fp32", "--resume", *vae,
                      *(f"{stage}.{s}" for s in SHORT if s.split("=")[0] not in " ".join(map(str, more))), *more)
-    shutil.copytree(runs / "vae", tmp_path / "run")
-    shutil.copytree(runs / "transformer", tmp_path / "run", dirs_exist_ok=True)
+    shutil.copytree(six_steps / "vae", tmp_path / "run")
+    shutil.copytree(six_steps / "transformer", tmp_path / "run", dirs_exist_ok=True)
     call.out = tmp_path / "run"
     return call
 
 
-def test_the_last_two_states_are_kept(runs):
+def test_the_last_two_states_are_kept(six_steps):
     for stage in STAGES:
-        assert sorted(f.name for f in (runs / stage).glob("*_state_*")) == [f"{stage}_state_{s:09d}.pt" for s in (4, 6)]
+        assert sorted(f.name for f in (six_steps / stage).glob("*_state_*")) == [f"{stage}_state_{s:09d}.pt" for s in (4, 6)]
 
 
 def damage(path, how):
@@ -178,11 +178,11 @@ def damage(path, how):
 
 
 @pytest.mark.parametrize("how", ["truncated", "empty", "flipped"])
-def test_a_damaged_newest_state_falls_back_to_the_one_before_loudly(resume, runs, how):
+def test_a_damaged_newest_state_falls_back_to_the_one_before_loudly(resume, six_steps, how):
     damage(resume.out / "vae_state_000000006.pt", how)
     done = finished(resume("vae"))
     assert "WARNING" in done.output and "vae_state_000000006.pt is damaged" in done.output and "steps 4..6" in done.output
-    assert_same(resume.out, runs / "vae", "vae")
+    assert_same(resume.out, six_steps / "vae", "vae")
     assert (resume.out / "vae_state_000000006.pt.damaged").exists()            # nothing is thrown away
 
 
@@ -238,10 +238,10 @@ def test_a_copy_of_a_state_by_hand_is_left_alone(resume):
     assert rows(resume.out, "vae")[-1]["step"] == "7" and Path(copy).exists()
 
 
-def test_the_second_stage_lays_its_rqvae_beside_its_result(runs, smoke_vae):
-    *_, info = drr.load_checkpoint(runs / "transformer")                       # as sample.py does, and nothing copied by hand
+def test_the_second_stage_lays_its_rqvae_beside_its_result(six_steps, smoke_vae):
+    *_, info = drr.load_checkpoint(six_steps / "transformer")                       # as sample.py does, and nothing copied by hand
     assert info.classes
-    one, two = load_file(runs / "transformer" / "vae.safetensors"), load_file(smoke_vae)
+    one, two = load_file(six_steps / "transformer" / "vae.safetensors"), load_file(smoke_vae)
     assert all(torch.equal(one[k], two[k]) for k in two)
 
 
@@ -256,7 +256,7 @@ def test_a_world_without_torchrun_is_refused(arguments, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     for set_too in ("RANK", "LOCAL_RANK"):
         with pytest.raises(drr.UserError, match=f"{set_too},.*MASTER_PORT not; start with torchrun"):
-            training.join_ranks(SimpleNamespace(device="cpu", precision="fp32"))
+            runs.join_ranks(SimpleNamespace(device="cpu", precision="fp32"))
         monkeypatch.setenv(set_too, "0")
 
 
@@ -273,10 +273,10 @@ def test_changed_data_is_noticed(resume, tmp_path):
     refused(resume("vae", "--data", tmp_path / "photos"), "the pictures in --data", "--force")
 
 
-def test_another_vae_is_noticed(resume, runs):
-    refused(resume("transformer", "--vae", runs / "vae" / "vae.safetensors"), "another RQ-VAE")
+def test_another_vae_is_noticed(resume, six_steps):
+    refused(resume("transformer", "--vae", six_steps / "vae" / "vae.safetensors"), "another RQ-VAE")
     (resume.out / "vae.safetensors").unlink()
-    refused(resume("transformer", "--vae", runs / "vae" / "vae.safetensors"), "the RQ-VAE", "--force")
+    refused(resume("transformer", "--vae", six_steps / "vae" / "vae.safetensors"), "the RQ-VAE", "--force")
 
 
 @pytest.mark.parametrize("state, override", [("transformer", ""), ("pickled", ""), ("whole", "vae.codebook_size=32"),
@@ -306,9 +306,9 @@ class Attack:
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_full_disk_leaves_the_checkpoint_before_intact(runs, smoke_vae, tmp_path, stage):
+def test_a_full_disk_leaves_the_checkpoint_before_intact(six_steps, smoke_vae, tmp_path, stage):
     """The limit on the size of a file stands for the disk: the state of step 8 does not fit, nor does a part of it."""
-    shutil.copytree(runs / stage, tmp_path / "run")
+    shutil.copytree(six_steps / stage, tmp_path / "run")
     states = {f.name: f.read_bytes() for f in (tmp_path / "run").glob("*_state_*")}
     limit = min(map(len, states.values())) // 2
     assert limit > (tmp_path / "run" / f"{stage}.safetensors").stat().st_size
@@ -326,7 +326,7 @@ def test_a_full_disk_leaves_the_checkpoint_before_intact(runs, smoke_vae, tmp_pa
 # === Infinity =======================================================================================================
 @pytest.mark.parametrize("stage, change, term", [
     ("vae", "vae.lr=1e15", "the gradient|loss"), ("transformer", "transformer.lr=1e18", "the loss of depth 1|the gradient")])
-def test_a_loss_that_is_not_finite_stops_with_step_and_term(resume, runs, stage, change, term):
+def test_a_loss_that_is_not_finite_stops_with_step_and_term(resume, six_steps, stage, change, term):
     before = {f.name: f.read_bytes() for f in resume.out.glob("*_state_*")}
     error = refused(resume(stage, change, f"{stage}.steps=20", f"{stage}.save_every=20", "--force"), "not finite")
     assert re.search(rf"At step (\d+) .*({term}).* is not finite", error) and int(re.search(r"step (\d+)", error)[1]) > 6
@@ -336,9 +336,9 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_term(resume, runs, stage,
 def test_the_term_that_is_not_finite_is_named():
     terms = {"loss": float("nan"), "reconstruction": 0.1, "perceptual": float("inf")}
     with pytest.raises(UserError, match="At step 8 loss and perceptual is not finite; x.pt is good: .* a lower vae.lr"):
-        training.refuse_infinity(terms, 7, "x.pt", "a lower vae.lr")
+        runs.refuse_infinity(terms, 7, "x.pt", "a lower vae.lr")
     with pytest.raises(UserError, match="At step 1 the gradient is not finite; start again with a lower vae.lr"):
-        training.refuse_infinity({"loss": 1.0}, 0, None, "a lower vae.lr")
+        runs.refuse_infinity({"loss": 1.0}, 0, None, "a lower vae.lr")
 
 
 # === Several processes ==============================================================================================
@@ -356,12 +356,13 @@ def torchrun(count, *arguments, cwd, wrapper=(), timeout=200):
 
 
 EACH_RANK = """
-import torch, training
-save = training.States.save
+import torch
+from support import runs
+save = runs.States.save
 def save_and_tell(self, step):
-    torch.save([self.parts["vae"].state_dict(), self.parts["disc"].state_dict()], f"rank{training.ranks()[0]}.pt")
+    torch.save([self.parts["vae"].state_dict(), self.parts["disc"].state_dict()], f"rank{runs.ranks()[0]}.pt")
     save(self, step)
-training.States.save = save_and_tell
+runs.States.save = save_and_tell
 """
 
 
@@ -409,13 +410,14 @@ def test_accumulating_two_halves_is_one_step_of_the_whole_batch(arguments, tmp_p
 
 
 RECEIVES = """
-import os, signal, training
-rate = training.learning_rate
+import os, signal
+from support import runs
+rate = runs.learning_rate
 def learning_rate(step, *rest):                               # rank 1 gets the signal in this step
-    if step == {step} and training.ranks()[0] == 1:
+    if step == {step} and runs.ranks()[0] == 1:
         os.kill(os.getpid(), signal.{name})
     return rate(step, *rest)
-training.learning_rate = learning_rate
+runs.learning_rate = learning_rate
 """
 
 
@@ -431,11 +433,11 @@ def test_a_batch_that_the_ranks_cannot_share_is_refused(arguments, tmp_path, mon
     done = torchrun(2, "train_vae.py", *arguments("vae", "run", "vae.batch_size=7"), cwd=tmp_path)
     assert done.returncode != 0 and "error: vae.batch_size 7 is no multiple of the 2 processes" in done.output
     assert done.output.count("error: vae") == 1 and not (tmp_path / "run").exists()
-    monkeypatch.setattr(training, "ranks", lambda: (1, 4))
-    own, count = training.micro_batches("vae", SimpleNamespace(batch_size=24, micro_batch=2))
+    monkeypatch.setattr(runs, "ranks", lambda: (1, 4))
+    own, count = runs.micro_batches("vae", SimpleNamespace(batch_size=24, micro_batch=2))
     assert own.tolist() == list(range(6, 12)) and count == 3
     with pytest.raises(UserError, match="micro_batch 4 does not divide 6"):
-        training.micro_batches("vae", SimpleNamespace(batch_size=24, micro_batch=4))
+        runs.micro_batches("vae", SimpleNamespace(batch_size=24, micro_batch=4))
 
 
 def test_a_sharded_model_needs_several_processes(arguments, tmp_path):
@@ -477,15 +479,15 @@ def test_a_plot_that_fails_does_not_stop_a_training(arguments, tmp_path):
     assert (tmp_path / "plots.png").exists()
 
 
-def test_init_starts_from_given_weights(arguments, runs, tmp_path):
+def test_init_starts_from_given_weights(arguments, six_steps, tmp_path):
     """A learning rate of next to nothing shows them again."""
     for stage in STAGES:
-        given = runs / stage / f"{stage}.safetensors"
+        given = six_steps / stage / f"{stage}.safetensors"
         finished(train(stage, *arguments(stage, tmp_path / stage, "--init", given, f"{stage}.lr=1e-12", steps=1)))
         one, two = load_file(given), weights(tmp_path / stage, stage)
         assert all(torch.allclose(one[k].float(), two[k].float(), atol=1e-3) for k in one if "quantizer" not in k)
     refused(train("vae", *arguments("vae", tmp_path / "x", "--init", tmp_path / "nowhere")), "nowhere")
-    refused(train("vae", *arguments("vae", runs / "vae", "--init", runs / "vae" / "vae.safetensors", "--resume")), "one of")
+    refused(train("vae", *arguments("vae", six_steps / "vae", "--init", six_steps / "vae" / "vae.safetensors", "--resume")), "one of")
 
 
 def test_tensorboard_gets_what_the_csv_gets(arguments, tmp_path):
@@ -508,8 +510,8 @@ def test_the_announcement_gives_steps_memory_and_time(arguments, tmp_path):
         assert "tokens_per_s" in f.readline() and 0 < float(log["usage_1"]) <= 1 <= float(log["perplexity_4"]) <= 64
 
 
-def test_a_damaged_last_line_of_the_log_does_not_hinder(resume, runs):
+def test_a_damaged_last_line_of_the_log_does_not_hinder(resume, six_steps):
     with open(resume.out / "vae.csv", "a") as f:
         f.write("7,0.1")                                      # a full disk, or a machine that lost its power
     finished(resume("vae"))
-    assert rows(resume.out, "vae") == rows(runs / "vae", "vae")
+    assert rows(resume.out, "vae") == rows(six_steps / "vae", "vae")

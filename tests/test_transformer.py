@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from conftest import random_codes, tiny_transformer, transformer_section
 
 import drr
-from common import load_config
+from support.common import load_config
 
 B, N, D = 3, 16, 4
 

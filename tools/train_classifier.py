@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-import data
-from common import add_device_arguments, load_config, pick_device, run
+from support import data
+from support.common import add_device_arguments, load_config, pick_device, run, to_float
 from drr import UserError, replacing
 
 SIZE, WIDTHS, FEATURES = 32, (48, 96, 192), 64
@@ -103,7 +103,7 @@ def main():
     bar = tqdm(total=steps, desc="train_classifier", unit="step")
     for epoch in range(args.epochs):
         for index in torch.from_numpy(rng.permutation(len(images))).split(args.batch_size)[:len(images) // args.batch_size]:
-            x, y = augment(data.to_float(images[index], device), rng), targets[index].to(device)
+            x, y = augment(to_float(images[index], device), rng), targets[index].to(device)
             with autocast:
                 loss = F.cross_entropy(net(x)[1].float(), y, label_smoothing=0.1)
             loss.backward()
@@ -113,7 +113,7 @@ def main():
             bar.update()
         net.eval()
         with torch.no_grad(), autocast:
-            logits = torch.cat([net(data.to_float(x, device))[1].float().cpu() for x in val.split(256)])
+            logits = torch.cat([net(to_float(x, device))[1].float().cpu() for x in val.split(256)])
         net.train()
         accuracy = (logits.argmax(1) == val_labels).float().mean().item()
         tqdm.write(f"epoch {epoch + 1} loss {loss.item():.3f} validation accuracy {accuracy:.2%} {time.time() - started:.0f} s")

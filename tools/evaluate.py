@@ -30,13 +30,12 @@ from PIL import Image
 from torch.export.passes import move_to_device_pass
 from tqdm import tqdm
 
-import data
+from support import data
 import drr
-import fast
-import training
-from common import BUNDLED, HERE, add_device_arguments, efficientnet_lite0, run, sampling_values, to_pixels
+from support import fast
+from support import runs
+from support.common import BUNDLED, HERE, add_device_arguments, efficientnet_lite0, crop, find_class, open_image, run, sampling_values, to_float, to_pixels
 from drr import UserError, replacing
-from sample import find_class
 
 CLASSIFIER = HERE / "checkpoints" / "classifier-32" / "classifier.pt2"
 BATCH = 64                       # pictures that go through the feature network at a time
@@ -136,7 +135,7 @@ def in_folder(path, size):
     files, labels, classes = data.find_images(path)
     how = "as they are" if size is None else "central squares, bicubic"
     if size is None:
-        shapes = [data.open_image(files[0]).size]
+        shapes = [open_image(files[0]).size]
         with ThreadPoolExecutor(2) as pool:                  # at once, from the files' headers: not after hours of sampling
             shapes += pool.map(header_size, tqdm(files, "looking at sizes", unit="file", leave=False))
         odd = next((i for i, shape in enumerate(shapes[1:]) if shape != 2 * shapes[0][:1]), None)
@@ -149,14 +148,14 @@ def in_folder(path, size):
         with ThreadPoolExecutor(2) as pool:
             for start in range(0, len(files), BATCH):
                 some = range(start, min(start + BATCH, len(files)))
-                yield torch.stack(list(pool.map(lambda i: data.crop(data.open_image(files[i]), size), some)))
+                yield torch.stack(list(pool.map(lambda i: crop(open_image(files[i]), size), some)))
     return Pictures(f"{len(files)} pictures of {path} ({how})", len(files), size,
                     [classes[k] for k in labels] if classes != [""] else None, batches)
 
 
 def header_size(path):
     try:
-        with Image.open(path.open() if isinstance(path, data.Member) else path) as picture:
+        with path.open("rb") as file, Image.open(file) as picture:
             return picture.size
     except Exception as error:                               # Pillow raises nearly anything for a damaged file
         raise UserError(f"{path} cannot be read as an image ({error}); take it away.") from None
@@ -255,7 +254,7 @@ def measure(network, batches, total, doing, device):
     found = []
     with tqdm(total=total, desc=doing, unit="image") as bar:
         for images in batches:
-            features, logits = network.extract(data.to_float(images, device))
+            features, logits = network.extract(to_float(images, device))
             if not torch.isfinite(features).all():
                 raise UserError(f"{network.name} gives features that are not finite for pictures {bar.n} to "
                                 f"{bar.n + len(images) - 1} of {doing}; look at them, or give other --features.")
@@ -388,7 +387,7 @@ def commit():
 
 def main():
     args = parse_arguments()
-    device, dtype = training.join_ranks(args)
+    device, dtype = runs.join_ranks(args)
     rank, world = drr.ranks()
 
     # --- what is measured, and against what --------------------------------------------------------------------------
@@ -423,7 +422,7 @@ def main():
     # --- pictures ----------------------------------------------------------------------------------------------------
     if args.reconstructions:
         model = fast.torch_model(vae, transformer, device, dtype)
-        rebuild = lambda x: torch.from_numpy(to_pixels(model.decode(model.encode(data.to_float(x, device))))).permute(0, 3, 1, 2)
+        rebuild = lambda x: torch.from_numpy(to_pixels(model.decode(model.encode(to_float(x, device))))).permute(0, 3, 1, 2)
         samples = reference._replace(name=f"their reconstructions by {args.checkpoint}, {str(dtype)[6:]}",
                                      batches=lambda: (rebuild(x) for x in reference.batches()))
     elif samples is None:

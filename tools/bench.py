@@ -23,9 +23,9 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from tqdm import tqdm
 
 import drr
-import estimate
-import fast
-from common import (BUNDLED, HERE, PRECISIONS, add_device_arguments, load_config, matrix_rate, peak_ram, pick_device,
+from tools import estimate
+from support import fast
+from support.common import (BUNDLED, HERE, PRECISIONS, add_device_arguments, load_config, matrix_rate, peak_ram, pick_device,
                     random_checkpoint, run, sampling_values, synchronize)
 from drr import UserError
 

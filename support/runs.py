@@ -29,12 +29,14 @@ from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model
                                                      set_model_state_dict, set_optimizer_state_dict)
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
+import weakref
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import drr
-import estimate
-from common import add_device_arguments, matrix_rate, pick_device, synchronize
+from support.common import add_device_arguments, matrix_rate, pick_device, synchronize
 from drr import UserError, ranks, replacing
 
 
@@ -94,6 +96,19 @@ def join_ranks(args):
     return device, dtype
 
 
+def micro_batch(name, c, world):
+    """How many images a device takes at a time: c.micro_batch, or 0 for its whole share of the step. Raises UserError where
+    the batch cannot be shared by `world` processes in such pieces."""
+    if c.batch_size % world:
+        raise UserError(f"{name}.batch_size {c.batch_size} is no multiple of the {world} processes; change one of them.")
+    share = c.batch_size // world
+    micro = min(c.micro_batch or share, share)
+    if share % micro:
+        raise UserError(f"{name}.micro_batch {c.micro_batch} does not divide {share}, the share of one process of "
+                        f"{name}.batch_size {c.batch_size}; change one of them.")
+    return micro
+
+
 def micro_batches(name, c):
     """(own, count): the positions of the step's batch that this rank takes, and in how many micro-batches.
 
@@ -101,7 +116,7 @@ def micro_batches(name, c):
     takes a micro-batch makes no difference; its size does, to a discriminator with BatchNorm.
     """
     rank, world = ranks()
-    share, micro = c.batch_size // world, estimate.micro_batch(name, c, world)
+    share, micro = c.batch_size // world, micro_batch(name, c, world)
     return np.arange(rank * share, (rank + 1) * share), share // micro
 
 
@@ -164,6 +179,28 @@ def everyones(codes):
     return torch.cat(parts)
 
 
+class Peak(TorchDispatchMode):
+    """Adds up the bytes of the tensors that operations create and takes off those that are freed; `peak` is the most
+    that was held at once. What a kernel needs only while it works is not seen."""
+
+    held = peak = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        storages = lambda tree: {t.untyped_storage()._cdata: t.untyped_storage()
+                                 for t in tree_leaves(tree) if isinstance(t, torch.Tensor)}
+        old = storages((args, kwargs))                            # views and in-place results are no new memory
+        for address, storage in storages(result).items():
+            if address not in old:
+                self.add(storage.nbytes())
+                weakref.finalize(storage, self.add, -storage.nbytes())
+        return result
+
+    def add(self, size):
+        self.held += size
+        self.peak = max(self.peak, self.held)
+
+
 class Cost(NamedTuple):
     flops: float        # operations of a step on this rank, those of recomputation too: products, convolutions, attention
     memory: int         # bytes that weights, gradients, optimizer, average and activations take on this device
@@ -177,7 +214,7 @@ class Cost(NamedTuple):
 
 def measure(backward, count, parts, device, dtype):
     """The Cost of a step of `count` micro-batches, from trying one: `backward` runs it and leaves nothing but gradients."""
-    counter, memory = FlopCounterMode(display=False), estimate.Peak()
+    counter, memory = FlopCounterMode(display=False), Peak()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     with torch.compiler.set_stance("force_eager"), torch.autograd.set_multithreading_enabled(False), counter, memory:
@@ -474,7 +511,7 @@ class Log:
         """OUT/plots.png from the CSVs, on rank 0, where matplotlib is installed. If it fails, training goes on."""
         if ranks()[0] == 0 and importlib.util.find_spec("matplotlib"):
             try:
-                import plots
+                from support import plots
                 plots.draw(self.path.parent)
             except Exception as error:
                 print(f"WARNING: plots.png was not drawn ({type(error).__name__}: {error})", file=sys.stderr)

@@ -18,11 +18,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import bench
-import data
+from tools import bench
+from support import data
 import drr
-import evaluate
-from common import (BUNDLED, add_device_arguments, grid, load_config, pick_device, run, sampling_values, save_picture, synchronize,
+from tools import evaluate
+from support.common import (BUNDLED, add_device_arguments, grid, load_config, pick_device, run, sampling_values, save_picture, synchronize, to_float,
                     to_pixels)
 from drr import UserError, replacing
 
@@ -231,7 +231,7 @@ def infill(model, images, labels, c, device, batch=50):
         hits, errors, total = {}, {}, 0
         pixel = region.view(1, 1, side, side).repeat_interleave(model.size // side, 2).repeat_interleave(model.size // side, 3)
         for first in tqdm(range(0, len(images), batch), f"in-filling, {title}", unit=f" x {batch} images"):
-            x = data.to_float(images[first:first + batch], device)
+            x = to_float(images[first:first + batch], device)
             codes = model.encode(x)
             mean = (x * ~pixel).sum((2, 3), keepdim=True) / (~pixel).sum()
             noise = drr.draw_noise(0, range(first, first + len(x)), 1 + c.rounds, N, D)

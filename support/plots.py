@@ -8,7 +8,7 @@ import csv
 import math
 from pathlib import Path
 
-from common import run
+from support.common import run
 from drr import UserError, replacing
 
 # A panel: title, label of the y axis, logarithmic or not, and the columns it shows. A name that ends in _* stands for

@@ -28,7 +28,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 import drr
-from common import HERE, add_device_arguments, autocast, load_config, matrix_rate, peak_ram, pick_device, run, synchronize
+import train_vae
+from support import runs
+from support.common import HERE, add_device_arguments, autocast, load_config, matrix_rate, peak_ram, pick_device, run, synchronize
 from drr import UserError
 
 CLASSES = 1000      # of ImageNet; the estimate does not look at the data, and a class is only one more embedding
@@ -58,9 +60,8 @@ def build(stage, config):
     """The modules of a stage as its trainer has them: `trained` have gradients and Adam's moments, `frozen` do not."""
     vae = drr.RQVAE(config.vae)
     if stage == "vae":
-        import train_vae            # here, because the trainers import this file
         c = config.vae
-        disc = train_vae.PatchDiscriminator(c.disc_ch, c.disc_layers) if c.disc_weight else None
+        disc = train_vae.Discriminator(c.disc, c.disc_ch, c.disc_layers) if c.disc_weight else None
         # EfficientNet, the smaller alternative, is counted as if it were LPIPS.
         frozen = Vgg16Distance().requires_grad_(False) if c.perceptual_weight else None
         trained = nn.ModuleList([vae, disc] if disc else [vae])
@@ -83,7 +84,6 @@ def forward_backward(stage, config, parts, batch, device, dtype):
             loss = model(codes, hidden, cond)[0].mean()
         loss.backward()
         return loss.detach()
-    import train_vae
     x = torch.rand(batch, 3, c.resolution, c.resolution, device=device) * 2 - 1
     with autocast(device, dtype):
         recon, commitment, *_ = model(x)
@@ -91,7 +91,7 @@ def forward_backward(stage, config, parts, batch, device, dtype):
     loss = (recon - x).square().mean() + (parts.frozen(recon, x).mean() if parts.frozen else 0)
     if parts.disc:
         parts.disc.requires_grad_(False)
-        gan = -parts.disc(recon).mean()
+        gan = -parts.disc(recon)[0].mean()
         loss = loss + train_vae.adaptive_weight(loss, gan, model.decoder.conv_out.weight) * gan
         parts.disc.requires_grad_(True)
     (loss + commitment).backward()
@@ -101,28 +101,6 @@ def forward_backward(stage, config, parts, batch, device, dtype):
 
 
 # === Memory and operations of that step, without doing it ===========================================================
-class Peak(TorchDispatchMode):
-    """Adds up the bytes of the tensors that operations create and takes off those that are freed; `peak` is the most
-    that was held at once. What a kernel needs only while it works is not seen."""
-
-    held = peak = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        storages = lambda tree: {t.untyped_storage()._cdata: t.untyped_storage()
-                                 for t in tree_leaves(tree) if isinstance(t, torch.Tensor)}
-        old = storages((args, kwargs))                            # views and in-place results are no new memory
-        for address, storage in storages(result).items():
-            if address not in old:
-                self.add(storage.nbytes())
-                weakref.finalize(storage, self.add, -storage.nbytes())
-        return result
-
-    def add(self, size):
-        self.held += size
-        self.peak = max(self.peak, self.held)
-
-
 class Hidden(TorchFunctionMode):
     """Nobody knows how many stacks a fake mask selects: h[mask] takes the first `count` of each image (None: all)."""
 
@@ -179,8 +157,8 @@ def memory(stage, config, world=1, device_type="cuda", dtype=torch.bfloat16, bat
     autocast's copies of the weights and what operations hold meanwhile, all stacks being hidden. Not in it: the CUDA
     context (about 0.5 GB), gaps between the allocator's blocks, what cuDNN and NCCL take, training data on the device.
     """
-    c, peak = getattr(config, stage), Peak()
-    parts = dry_run(stage, config, batch or micro_batch(stage, c, world), peak, device_type=device_type, dtype=dtype)
+    c, peak = getattr(config, stage), runs.Peak()
+    parts = dry_run(stage, config, batch or runs.micro_batch(stage, c, world), peak, device_type=device_type, dtype=dtype)
     size = lambda tensors: sum(t.numel() * t.element_size() for t in tensors)
     weights = size(parts.trained.parameters())
     shards = world if getattr(c, "shard", False) else 1
@@ -199,19 +177,6 @@ def flops_per_image(stage, config):
     counter = FlopCounterMode(display=False)
     dry_run(stage, config, 1, counter, hidden)
     return counter.get_total_flops()
-
-
-def micro_batch(name, c, world):
-    """How many images a device takes at a time: c.micro_batch, or 0 for its whole share of the step. Raises UserError where
-    the batch cannot be shared by `world` processes in such pieces."""
-    if c.batch_size % world:
-        raise UserError(f"{name}.batch_size {c.batch_size} is no multiple of the {world} processes; change one of them.")
-    share = c.batch_size // world
-    micro = min(c.micro_batch or share, share)
-    if share % micro:
-        raise UserError(f"{name}.micro_batch {c.micro_batch} does not divide {share}, the share of one process of "
-                        f"{name}.batch_size {c.batch_size}; change one of them.")
-    return micro
 
 
 # === One real step, to see whether all that is true =================================================================
@@ -297,7 +262,7 @@ def main():
                 if (sections, world) not in known:
                     known[sections, world] = memory(stage, config, world, device.type, dtype)
                 flops, m = known[sections] * c.batch_size, known[sections, world]
-                print(f"{name:16}  {stage:11}  {world:4d}  {micro_batch(stage, c, world):11d}  {m.parameters / 1e6:9.1f}M  "
+                print(f"{name:16}  {stage:11}  {world:4d}  {runs.micro_batch(stage, c, world):11d}  {m.parameters / 1e6:9.1f}M  "
                       f"{m.state / 1e9:8.2f}  {m.activations / 1e9:14.2f}  {(m.state + m.activations) / 1e9:8.2f}  "
                       f"{flops / 1e12:12.4g}  {c.steps * flops / (rate * args.mfu * world) / 3600:8.2f}", flush=True)
 

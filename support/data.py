@@ -8,49 +8,26 @@ import contextlib
 import csv
 import functools
 import hashlib
-import io
 import json
 import os
 import sys
-import tarfile
-import threading
-import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
 import drr
-from common import autocast
+from support import shards
+from support.common import EXTENSIONS, autocast, crop, open_image, to_float
 from drr import UserError
 
-EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
 BLOCK = 256                 # files decoded together
 
 
 # === Finding: DIR -> files, labels, classes =========================================================================
-class Member(NamedTuple):
-    """A picture within a tar shard; with what `Path` offers of a picture in a folder."""
-    parent: Path                                             # the shard
-    name: str
-    offset: int
-    size: int
-
-    def __str__(self):
-        return f"{self.parent}: {self.name}"
-
-    def open(self):
-        """The picture's bytes as a file. Each call opens the shard anew: nothing is shared by threads and processes."""
-        with open(self.parent, "rb", buffering=0) as f:
-            f.seek(self.offset)
-            return io.BytesIO(f.read(self.size))
-
-
 class Files:
     """Pictures in folders (item i is a Path) or in tar shards (item i is a Member), kept in a few arrays: a million
     Paths are 400 MB, and again in every worker process, since counting references to them writes to their pages."""
@@ -67,7 +44,7 @@ class Files:
 
     def __getitem__(self, i):
         parent, name = Path(self.folders[self.folder[i]]), os.fsdecode(self.names[i])
-        return parent / name if self.offsets is None else Member(parent, name, int(self.offsets[i]), int(self.sizes[i]))
+        return parent / name if self.offsets is None else shards.Member(parent, name, int(self.offsets[i]), int(self.sizes[i]))
 
     @functools.cached_property
     def sizes(self):
@@ -99,11 +76,11 @@ def find_images(directory, split="train", index=None):
         raise UserError(f"The folder {directory} does not exist; give one that holds images.")
     if (root / "train").is_dir() or split != "train":
         root = root / split
-    shards, folders = sorted(root.glob("*.tar")), list(picture_folders(root))
-    if shards and folders:
+    tars, folders = sorted(root.glob("*.tar")), list(picture_folders(root))
+    if tars and folders:
         raise UserError(f"{root} holds both tar shards and images ({folders[0][0]}); leave only one kind there.")
-    if shards:
-        return open_shards(shards, directory, index)
+    if tars:
+        return open_shards(tars, directory, index)
     if not folders:
         raise UserError(f"{root} holds no images; expected <class>/*.jpg in it, or just images ({', '.join(sorted(EXTENSIONS))}), or "
                         "tar shards *.tar.")
@@ -138,81 +115,25 @@ def picture_folders(folder, above=()):
             yield from picture_folders(entry.path, above)
 
 
-def open_shards(shards, directory, index):
+def open_shards(paths, directory, index):
     """Files, labels and classes of tar shards in the format of WebDataset. The classes' names are the wnids
     of classes.tsv in their order, or else "0", "1", ..."""
     # Each rank starts elsewhere, and takes over what the others have already written to `index`.
     rank, world = drr.ranks()
-    start = rank * len(shards) // world
-    order = shards[start:] + shards[:start]
+    start = rank * len(paths) // world
+    order = paths[start:] + paths[:start]
     with ThreadPoolExecutor() as pool:
-        held = pool.map(lambda shard: shard_index(shard, index), order)
+        held = pool.map(lambda shard: shards.shard_index(shard, index), order)
         held = dict(zip(order, tqdm(held, "indexing shards", len(order), unit="shard", disable=rank > 0)))
-    columns = {key: np.concatenate([held[shard][key] for shard in shards]) for key in held[shards[0]]}
+    columns = {key: np.concatenate([held[shard][key] for shard in paths]) for key in held[paths[0]]}
     labels = columns.pop("labels")
     if not len(labels):
-        raise UserError(f"The {len(shards)} tar shards of {shards[0].parent} hold no images.")
+        raise UserError(f"The {len(paths)} tar shards of {paths[0].parent} hold no images.")
     classes = [wnid for wnid, _ in class_table(directory)] or [str(i) for i in range(labels.max() + 1)]
     if labels.max() >= len(classes):
-        raise UserError(f"The shards of {shards[0].parent} name class {labels.max()}, but {directory}/classes.tsv has "
+        raise UserError(f"The shards of {paths[0].parent} name class {labels.max()}, but {directory}/classes.tsv has "
                         f"{len(classes)} lines, for the classes 0 to {len(classes) - 1}; add the others.")
-    return Files([str(shard) for shard in shards], [len(held[s]["names"]) for s in shards], **columns), labels, classes
-
-
-# numpy reads a file's header with Python's parser, which up to Python 3.11.7 fails now and then when two threads are in it
-# (python/cpython issue 106905).
-ONE_AT_A_TIME = threading.Lock()
-
-
-def shard_index(path, folder):
-    """`read_shard`, kept in `folder` (None: nowhere) for as long as the shard has its name, size and time."""
-    stat = path.stat()
-    kept = Path(folder or "") / f"{path.parent.name}-{path.name}-{stat.st_size}-{stat.st_mtime_ns}.npz"
-    if folder and kept.exists():
-        with contextlib.suppress(ValueError, EOFError, zipfile.BadZipFile), ONE_AT_A_TIME, np.load(kept) as arrays:
-            return dict(arrays)                              # a damaged one is made anew
-    arrays = read_shard(path)
-    if folder:
-        with drr.replacing(kept) as temporary, open(temporary, "wb") as f:
-            np.savez(f, **arrays)
-    return arrays
-
-
-def read_shard(path):
-    """Names, offsets, sizes and labels of a tar shard's pictures KEY.jpg (.png, .webp, ...); the label is the number in
-    KEY.cls, or "label" in KEY.json. Raises UserError for a damaged shard or a missing label."""
-    # Python's own tarfile and not the webdataset package: that reads shards only from the start to the end (1.0.2), and
-    # where a batch is a function of (seed, step), a resumed run needs any picture at any time.
-    samples, rows = {}, []
-    try:
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                folder, _, name = member.name.rpartition("/")
-                key, _, suffix = name.partition(".")
-                sample, suffix = samples.setdefault((folder, key), {}), suffix.lower()
-                if member.isfile() and "." + suffix in EXTENSIONS and key:
-                    sample["picture"] = os.fsencode(name), member.offset_data, member.size
-                elif member.isfile() and suffix in ("cls", "json"):
-                    sample[suffix] = tar.extractfile(member).read()
-            tar.fileobj.seek(tar.offset)
-            if tar.fileobj.read(tarfile.BLOCKSIZE).strip(b"\0"):        # tarfile takes a damaged header for the end
-                raise tarfile.ReadError(f"no header at byte {tar.offset}")
-    except tarfile.TarError as error:
-        raise UserError(f"The shard {path} is damaged ({error}); copy it again or move it away.") from None
-    for sample in samples.values():
-        if "picture" in sample:
-            try:
-                label = int(sample["cls"]) if "cls" in sample else int(str(json.loads(sample["json"])["label"]))
-                if not 0 <= label < 2 ** 20:
-                    raise ValueError
-            except (KeyError, ValueError, TypeError):
-                raise UserError(f"The shard {path} names no class for {os.fsdecode(sample['picture'][0])}; expected a "
-                                "whole number from 0 to 1,048,575 in a .cls file of that name, or as \"label\" in "
-                                ".json.") from None
-            rows.append((*sample["picture"], label))
-    names, offsets, sizes, labels = zip(*rows) if rows else ([], [], [], [])
-    return {"names": np.array(names, bytes), "offsets": np.array(offsets, np.int64), "sizes": np.array(sizes, np.int64),
-            "labels": np.array(labels, np.int64)}
+    return Files([str(shard) for shard in paths], [len(held[s]["names"]) for s in paths], **columns), labels, classes
 
 
 def class_table(directory):
@@ -238,46 +159,6 @@ def class_titles(directory, classes):
 
 
 # === Reading: (file, view) -> uint8 (3, S, S) =======================================================================
-def crop_box(width, height, view, seed):
-    """The square (left, top, side) of a view: 0 is the central one, the others are random, 0.6 to 1 times as wide."""
-    short = min(width, height)
-    if view == 0:
-        return (width - short) / 2, (height - short) / 2, short
-    scale, x, y = np.random.default_rng([seed, view]).random(3)
-    side = short * (0.6 + 0.4 * scale)
-    return x * (width - side), y * (height - side), side
-
-
-def open_image(path, background="white"):
-    """The RGB picture of a path or a Member, where it is transparent on `background`. Raises UserError for no image."""
-    try:
-        with Image.open(path.open() if isinstance(path, Member) else path) as picture:
-            if picture.width * picture.height > Image.MAX_IMAGE_PIXELS:
-                raise ValueError(f"{picture.width} x {picture.height} pixels are too many")
-            picture = ImageOps.exif_transpose(picture)
-            if picture.mode.startswith("I;16"):                          # 16-bit grey: Pillow would clip it at 255
-                picture = Image.fromarray((np.asarray(picture) // 257).astype(np.uint8))
-            if picture.mode in ("I", "F"):
-                raise ValueError("32 bits a pixel, whose range is unknown; save it with 8 or 16")
-            if "A" in picture.getbands() or "transparency" in picture.info:
-                picture = picture.convert("RGBA")
-                picture = Image.alpha_composite(Image.new("RGBA", picture.size, background), picture)
-            return picture.convert("RGB")
-    except FileNotFoundError:
-        raise UserError(f"The picture {path} does not exist.") from None
-    except UnidentifiedImageError:
-        raise UserError(f"{path} is no image, or damaged from its first bytes on.") from None
-    except Exception as error:                               # Pillow raises nearly anything for a damaged file
-        raise UserError(f"{path} cannot be read as an image ({error}).") from None
-
-
-def crop(picture, size, view=0, seed=0):
-    """A view of a PIL picture, resized with antialiasing: uint8 (3, size, size)."""
-    left, top, side = crop_box(*picture.size, view, seed)
-    picture = picture.resize((size, size), Image.BICUBIC, box=(left, top, left + side, top + side))
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()
-
-
 def file_seed(path, seed):
     """Two files with the same name have the same crops; two files with different names do not."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{path.name}".encode()).digest()[:7], "big")
@@ -409,11 +290,6 @@ class Views(torch.utils.data.Dataset):
         if self.images is not None:
             return (self[step] for step in steps)
         return iter(torch.utils.data.DataLoader(self, batch_size=None, sampler=steps, num_workers=self.workers))
-
-
-def to_float(images, device):
-    """uint8 (B, 3, S, S) -> float32 in [-1, 1] on the device."""
-    return images.to(device).float().div_(127.5).sub_(1)
 
 
 def validation_images(directory, size, count, classes, index=None):

@@ -12,15 +12,16 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import yaml
-from PIL import Image
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 import drr
 from drr import UserError, ranks, replacing
 
-HERE = Path(__file__).resolve().parent
+HERE = Path(__file__).resolve().parent.parent
 BUNDLED = HERE / "checkpoints" / "tiny-imagenet-32"
 
 
@@ -155,6 +156,42 @@ def random_checkpoint(preset):
                                                   vae.side ** 2, vae.quantizer.depth, vae.quantizer.codebook)
     return (vae.requires_grad_(False).eval(), transformer.requires_grad_(False).eval(),
             SimpleNamespace(**vars(config), classes=classes, titles=classes))
+
+
+# === Classes: what the user calls them -> indices ===================================================================
+def find_class(text, classes, titles):
+    """The index of the class that `text` names: a folder name, an index, a title, or a part of one title."""
+    wanted = text.strip().lower().replace(" ", "_")
+    if text.strip() in classes:                                   # a folder may be called 10 and not be class 10
+        return classes.index(text.strip())
+    if re.fullmatch(r"-?[0-9]{1,9}", wanted):
+        if not 0 <= int(wanted) < len(classes):
+            raise UserError(f"Class {wanted} does not exist; this checkpoint has classes 0 to {len(classes) - 1}.")
+        return int(wanted)
+    keys = [t.lower().replace(" ", "_") for t in titles]
+    matches = ([i for i, c in enumerate(classes) if wanted == c.lower()] or [i for i, k in enumerate(keys) if wanted == k]
+               or [i for i, k in enumerate(keys) if wanted and wanted in k])
+    if len(matches) == 1:
+        return matches[0]
+    if matches:
+        listed = ", ".join(f"{i} {titles[i]}" for i in matches[:12]) + (", ..." if len(matches) > 12 else "")
+        raise UserError(f"{text!r} fits {len(matches)} classes; give the index of one: {listed}.")
+    near = difflib.get_close_matches(wanted, keys, 3, cutoff=0.5)
+    raise UserError(f"There is no class {text!r}; " + (f"did you mean {', '.join(near)}?" if near else
+                    f"give an index from 0 to {len(classes) - 1}, a wnid or a name."))
+
+
+def pick_classes(text, info):
+    """--class -> class indices, None standing for the null class."""
+    if info.transformer.cond == "none":
+        if text:
+            raise UserError("This checkpoint was trained without classes; leave --class out.")
+        return [None]
+    if info.transformer.cond == "text":
+        raise UserError("This checkpoint is conditioned on text, which sample.py cannot tokenize yet.")
+    if not text:
+        raise UserError("Which class? Give --class an index, a wnid or a name, for example --class 980; `none` for none.")
+    return [None if t.strip() == "none" else find_class(t, info.classes, info.titles) for t in text.split(",")]
 
 
 # === Command line, errors, devices ==================================================================================
@@ -298,6 +335,55 @@ def efficientnet_lite0():
 
 
 # === Pictures =======================================================================================================
+EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
+
+
+def open_image(path, background="white"):
+    """The RGB picture of a path (or of a picture in a tar shard), where it is transparent on `background`. Raises UserError for no image."""
+    path = path if hasattr(path, "open") else Path(path)
+    try:
+        with path.open("rb") as file, Image.open(file) as picture:
+            if picture.width * picture.height > Image.MAX_IMAGE_PIXELS:
+                raise ValueError(f"{picture.width} x {picture.height} pixels are too many")
+            picture = ImageOps.exif_transpose(picture)
+            if picture.mode.startswith("I;16"):                          # 16-bit grey: Pillow would clip it at 255
+                picture = Image.fromarray((np.asarray(picture) // 257).astype(np.uint8))
+            if picture.mode in ("I", "F"):
+                raise ValueError("32 bits a pixel, whose range is unknown; save it with 8 or 16")
+            if "A" in picture.getbands() or "transparency" in picture.info:
+                picture = picture.convert("RGBA")
+                picture = Image.alpha_composite(Image.new("RGBA", picture.size, background), picture)
+            return picture.convert("RGB")
+    except FileNotFoundError:
+        raise UserError(f"The picture {path} does not exist.") from None
+    except UnidentifiedImageError:
+        raise UserError(f"{path} is no image, or damaged from its first bytes on.") from None
+    except Exception as error:                               # Pillow raises nearly anything for a damaged file
+        raise UserError(f"{path} cannot be read as an image ({error}).") from None
+
+
+def crop_box(width, height, view, seed):
+    """The square (left, top, side) of a view: 0 is the central one, the others are random, 0.6 to 1 times as wide."""
+    short = min(width, height)
+    if view == 0:
+        return (width - short) / 2, (height - short) / 2, short
+    scale, x, y = np.random.default_rng([seed, view]).random(3)
+    side = short * (0.6 + 0.4 * scale)
+    return x * (width - side), y * (height - side), side
+
+
+def crop(picture, size, view=0, seed=0):
+    """A view of a PIL picture, resized with antialiasing: uint8 (3, size, size)."""
+    left, top, side = crop_box(*picture.size, view, seed)
+    picture = picture.resize((size, size), Image.BICUBIC, box=(left, top, left + side, top + side))
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()
+
+
+def to_float(images, device):
+    """uint8 (B, 3, S, S) -> float32 in [-1, 1] on the device."""
+    return images.to(device).float().div_(127.5).sub_(1)
+
+
 def to_pixels(images):
     """images (B, 3, S, S) in [-1, 1] -> uint8 (B, S, S, 3)."""
     return images.float().add(1).mul(127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()

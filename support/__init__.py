@@ -1,0 +1,1 @@
+"""What the five scripts share; drr.py needs nothing of it."""

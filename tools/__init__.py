@@ -1,0 +1,1 @@
+"""Programs beside the method, run as `python -m tools.evaluate`."""
