@@ -390,9 +390,9 @@ class Block(nn.Module):
             q, k, v = split(self.qkv(y)).chunk(3, 1)
         else:
             (w_q, w_kv), (b_q, b_kv) = (t.split([d, 2 * d]) for t in (self.qkv.weight, self.qkv.bias))
-            q = split(F.linear(pick(y, wanted), w_q, b_q))
+            q = split(F.linear(select(y, wanted), w_q, b_q))
             k, v = split(F.linear(y, w_kv, b_kv)).chunk(2, 1)
-            x = pick(x, wanted)
+            x = select(x, wanted)
         if cache is not None:
             cache[0, :, :, position], cache[1, :, :, position] = k[:, :, 0], v[:, :, 0]
             k, v = cache[:, :, :, :position + 1].unbind()
@@ -401,7 +401,7 @@ class Block(nn.Module):
         return x + self.fc2(F.gelu(self.fc1(self.ln2(x))))
 
 
-def pick(x, positions):
+def select(x, positions):
     """x (B, T, c), positions (B, n) -> x at these positions, (B, n, c)."""
     return x.gather(1, positions[..., None].expand(-1, -1, x.shape[-1]))
 
@@ -505,10 +505,10 @@ def masked_loss(transformer, codes, mask, cond, targets=None):
     return loss, (logits.argmax(-1) == stacks).float().mean(0)
 
 
-# === Draft-and-Revise (section 3.4): noise -> codes (B, N, D) =======================================================
+# === Draft-and-Revise (section 3.3): noise -> codes (B, N, D) ===============================================
 class Sampling(NamedTuple):
-    """How codes are drawn from logits: softmax(logits / temperature), then the top_k (0 = all) most likely, then the
-    fewest that hold top_p of the probability; guidance s: logits = l_null + s (l_cond - l_null), 1 = none."""
+    """How a code is drawn from its logits: softmax(logits / temperature), of that the `top_k` most likely codes
+    (0: all), of those the fewest that hold `top_p` of the probability (1: all). `guidance` 1 is none."""
     temperature: float
     guidance: float
     top_k: int
@@ -516,168 +516,158 @@ class Sampling(NamedTuple):
 
 
 class State(NamedTuple):
-    """What `draft_and_revise` shows after every update: codes (B, N, D), which are still hidden (B, N), and with which
-    log-probability each stack was drawn (B, N), 0 where none was."""
-    phase: str          # "draft" or "revise"
-    round: int          # 0 for the draft, 1 .. M for the revisions
-    codes: torch.Tensor
-    hidden: torch.Tensor
-    log_p: torch.Tensor
+    """The map after an update."""
+    phase: str              # "draft" or "revise"
+    round: int              # 0 in the draft, 1 .. M in the revisions
+    codes: torch.Tensor     # (B, N, D)
+    hidden: torch.Tensor    # (B, N) bool
+    log_p: torch.Tensor     # (B, N): the log-probability with which each stack was drawn, 0 where none was
 
 
 def draw_noise(seed, images, rounds, positions, depth):
-    """Everything random in a decode, drawn before it begins from (seed, index of the image) alone, so that image i of
-    a seed is the same picture in any batch and on any backend, up to rounding.
+    """Everything random in a decode, drawn before it begins from (seed, index of the image) alone: image i of a seed
+    is the same in any batch and on any backend, up to rounding.
 
-    images: the indices, B of them; rounds: 1 + M. Returns order (rounds, B, N), a random order of the positions for
-    each round, and uniforms (rounds, B, N, D) in [0, 1), one number per code and round.
+    images: the B indices; rounds: 1 + M. Returns order (rounds, B, N), a random order of the positions for each
+    round, and uniforms (rounds, B, N, D) in [0, 1), one number for each code and round.
     """
     order = np.empty((rounds, len(images), positions), np.int64)
     uniforms = np.empty((rounds, len(images), positions, depth), np.float32)
     for b, i in enumerate(images):
         rng = np.random.default_rng([seed, i])
         for r in range(rounds):
-            order[r, b], uniforms[r, b] = rng.permutation(positions), rng.random((positions, depth), np.float32)
+            order[r, b] = rng.permutation(positions)
+            uniforms[r, b] = rng.random((positions, depth), np.float32)
     return torch.from_numpy(order), torch.from_numpy(uniforms)
 
 
-def partition(order, T, growing=False):
-    """PARTITION: T disjoint sets m^1 .. m^T that cover the positions in `order` (B, n): a list of indices (B, n_t), T or
-    n of them. They are as random as the order is. Their sizes differ by at most one or, `growing`, leave
-    cos(pi t / 2 T) n positions after the t-th set (MaskGIT, arXiv 2202.04200), but each has one at least."""
+def partition(order, T):
+    """p(Pi; T): T disjoint sets m^1 .. m^T that cover the positions in `order` (B, n), as random as the order is.
+
+    Returns indices (B, n_t) for t = 1 .. T. Sizes differ by at most one; at most n sets, so that none is empty.
+    """
     n = order.shape[1]
-    T = min(T, n)
-    ends = [max(t, round(n * (1 - math.cos(math.pi / 2 * t / T)))) for t in range(1, T)]
-    return list(order.tensor_split(ends if growing else T, dim=1))
+    return list(order.tensor_split(min(T, n), dim=1))
 
 
-def sobol_order(order):
-    """Orders (..., N) of the positions of a square map in which any run of successive ones is spread evenly: the Sobol
-    sequence, moved (around the edges) so that it starts where `order` (..., N) does."""
-    N = order.shape[-1]
-    side = math.isqrt(N)
-    cells = (torch.quasirandom.SobolEngine(2).draw(4 ** (2 * side).bit_length()) * side).long()      # all are visited
-    y, x = torch.tensor(list(dict.fromkeys(map(tuple, cells.tolist()))), device=order.device).T      # at the first visit
-    first = order[..., :1]
-    return (y + first // side) % side * side + (x + first) % side
-
-
-def probabilities(logits, how):
-    """logits (P, K) -> probabilities (P, K) under `how` (Sampling); the entries cut off are 0, the rest need not sum
-    to 1."""
-    logits = logits.float() / how.temperature
-    if how.top_k:
-        kth = logits.topk(min(how.top_k, logits.shape[-1])).values[:, -1:]
+def probabilities(logits, sampling):
+    """logits (P, K) -> probabilities (P, K); what top_k and top_p cut off is 0, and the rest need not sum to 1."""
+    logits = logits.float() / sampling.temperature
+    if sampling.top_k:
+        kth = logits.topk(min(sampling.top_k, logits.shape[-1])).values[:, -1:]             # (P, 1)
         logits = logits.masked_fill(logits < kth, -math.inf)
     p = logits.softmax(-1)
-    if how.top_p < 1:
+    if sampling.top_p < 1:
         ranked, index = p.sort(descending=True, stable=True)
-        before = ranked.cumsum(-1) - ranked                  # the probability of all that is more likely
-        p = p.scatter(-1, index, ranked.masked_fill(before >= how.top_p, 0))
+        before = ranked.cumsum(-1) - ranked               # the probability of all codes that are more likely
+        p = p.scatter(-1, index, ranked.masked_fill(before >= sampling.top_p, 0))
     return p
 
 
-def sample_stacks(model, h, uniforms, how, given=None):
-    """Draws stacks (P, D), depth by depth, at positions with contexts h (P, d_model) and uniforms (P, D). With
-    guidance h is (2 P, d_model): the contexts under the condition, then those under the null condition. Returns the
-    stacks and their log-probabilities (P,); with `given` (P, D), those of the given stacks."""
+def guided_context(model, codes, hidden, cond, positions, guidance):
+    """Contexts of the stacks at `positions` (B, n), from codes (B, N, D), hidden (B, N) and cond (B, L).
+
+    Returns (B n, d_model); with guidance (2 B n, d_model), under the condition and then under the null condition:
+    the batch doubles here and nowhere else.
+    """
+    inputs = codes, hidden, cond, positions
+    if guidance != 1:
+        null_inputs = codes, hidden, torch.full_like(cond, model.null), positions
+        inputs = [torch.cat(pair) for pair in zip(inputs, null_inputs)]
+    return model.context(*inputs).flatten(0, 1)
+
+
+def code_probabilities(model, h, stacks, d, cache, sampling):
+    """p(S_nd | S_n,<d, S\\m) (P, K), up to a factor, for contexts h from `guided_context` and the stacks' codes
+    before depth d, stacks (len(h), D)[:, :d]. Returns it and the cache of `depth_step`."""
+    logits, cache = model.depth_step(h, stacks, d, cache)
+    logits = logits.float()
+    if sampling.guidance != 1:                              # l = l_null + s (l_cond - l_null)
+        conditional, null = logits.chunk(2)                                                 # (P, K) each
+        logits = null + sampling.guidance * (conditional - null)
+    return probabilities(logits, sampling), cache
+
+
+def sample_stacks(model, h, uniforms, sampling):
+    """Draws P stacks depth by depth, for contexts h from `guided_context` and uniforms (P, D).
+
+    Returns the stacks (P, D) and their log-probabilities (P,): log p(S_n) = sum_d log p(S_nd | S_n,<d).
+    """
     P, D = uniforms.shape
-    stacks = torch.zeros(len(h), D, dtype=torch.int64, device=h.device)     # both halves see the same codes
-    log_p, cache = torch.zeros(P, device=h.device), None
+    stacks = torch.zeros(len(h), D, dtype=torch.int64, device=h.device)    # with guidance both halves are equal
+    log_p = torch.zeros(P, device=h.device)
+    cache = None
     for d in range(D):
-        logits, cache = model.depth_step(h, stacks, d, cache)
-        logits = logits.float()                                             # (P, K), with guidance (2 P, K)
-        if len(h) > P:
-            conditional, null = logits.split(P)
-            logits = null + how.guidance * (conditional - null)
-        p = probabilities(logits, how)
-        k = inverse_cdf(p, uniforms[:, d]) if given is None else given[:, d]
+        p, cache = code_probabilities(model, h, stacks, d, cache, sampling)                 # (P, K)
+        k = inverse_cdf(p, uniforms[:, d])
         log_p += (p.gather(1, k[:, None])[:, 0] / p.sum(1)).log()
         stacks[:, d] = k.repeat(len(h) // P)
     return stacks[:P], log_p
 
 
-def update(model, state, positions, uniforms, cond, how, most_likely=None, better=False):
-    """UPDATE (Alg. 1) of one set of a partition: hides it and draws its stacks anew, given all that are not hidden.
+def update(model, state, positions, uniforms, cond, sampling):
+    """UPDATE (Alg. 1) for one set m^t of a partition: hides its stacks and draws them anew, given all visible ones.
 
-    state: a State; positions (B, n): the set; uniforms (B, N, D); cond (B, L); how: Sampling. Returns the State
-    afterwards. Stacks that the set does not name stay as they are, to the bit. Two ways to be choosy:
-    most_likely    (count, share): all stacks of the set are drawn, but only `count` of them stay, the first ones among
-                   the most likely `share` of them; the others are hidden
-    better         a stack that was there before stays if it is more likely than the new one
+    positions (B, n): the set; uniforms (B, N, D); cond (B, L). Returns the State afterwards, in which the set is
+    visible; all other stacks stay as they were. One pass of the spatial transformer, D of the depth transformer.
     """
     B, n = positions.shape
-    hidden = state.hidden.scatter(1, positions, True)                       # hide m^t
-    inputs = state.codes, hidden, cond, positions
-    if how.guidance != 1:                                    # the batch doubles here and nowhere else
-        null = state.codes, hidden, torch.full_like(cond, model.null), positions
-        inputs = [torch.cat(pair) for pair in zip(inputs, null)]
-    h = model.context(*inputs).flatten(0, 1)                 # (B n, d_model) or (2 B n, d_model): m^t alone goes through the depth
-    uniforms = pick(uniforms, positions).flatten(0, 1)       # blocks; uniforms (B n, D)
-    stacks, log_p = sample_stacks(model, h, uniforms, how)
-    if better:
-        old, old_log_p = sample_stacks(model, h, uniforms, how, pick(state.codes, positions).flatten(0, 1))
-        stays = old_log_p > log_p
-        stacks, log_p = torch.where(stays[:, None], old, stacks), torch.where(stays, old_log_p, log_p)
-    stacks, log_p = stacks.view(B, n, -1), log_p.view(B, n)
-    if most_likely:
-        count, share = most_likely
-        ranking = log_p.argsort(dim=1, descending=True, stable=True).argsort(1)                 # (B, n), 0 is the most likely
-        behind = (ranking >= max(count, math.ceil(share * n))).byte()
-        first = behind.argsort(dim=1, stable=True)[:, :count]               # the likely ones first, in the set's order
-        positions, log_p, stacks = positions.gather(1, first), log_p.gather(1, first), pick(stacks, first)
+    hidden = state.hidden.scatter(1, positions, True)                      # S\m: without the stacks in m^t
+    h = guided_context(model, state.codes, hidden, cond, positions, sampling.guidance)
+    stacks, log_p = sample_stacks(model, h, select(uniforms, positions).flatten(0, 1), sampling)
+    stacks = stacks.view(B, n, -1)                                         # S_n ~ p(S_n | S\m), n in m^t, in parallel
     codes = state.codes.scatter(1, positions[..., None].expand_as(stacks), stacks)
-    return state._replace(codes=codes, hidden=hidden.scatter(1, positions, False), log_p=state.log_p.scatter(1, positions, log_p))
+    hidden = hidden.scatter(1, positions, False)
+    log_p = state.log_p.scatter(1, positions, log_p.view(B, n))
+    return state._replace(codes=codes, hidden=hidden, log_p=log_p)
+
+
+def first_state(cond, noise, codes=None, region=None):
+    """What is there before the first update: the State with all stacks of the region hidden (without a region all
+    stacks, S^empty), the region's positions in the random order of each round (B, n), and the uniforms."""
+    assert (codes is None) == (region is None)
+    order, uniforms = (tensor.to(cond.device) for tensor in noise)
+    B, N, D = uniforms.shape[1:]
+    if region is None:
+        codes = cond.new_zeros(B, N, D)
+        region = torch.ones(N, dtype=torch.bool, device=cond.device)
+    orders = [o[region[o]].view(B, -1) for o in order]
+    log_p = torch.zeros(B, N, device=cond.device)
+    return State("draft", 0, codes, region.expand(B, N), log_p), orders, uniforms
 
 
 @torch.inference_mode()
-def draft_and_revise(model, cond, noise, c, codes=None, region=None):
-    """Draft-and-Revise (Alg. 2): an empty map of codes is drafted in T_draft updates, then revised M times.
+def draft_and_revise(model, cond, noise, c, codes=None, region=None, update=update):
+    """Draft-and-Revise decoding (Alg. 2): drafts an empty map in T_draft updates, then revises all of it M times.
 
-    model    `context`, `depth_step` and `null`: TorchModel, or anything else that has them. Its own `update`, if it has one,
-             takes the place of the one above: the same, compiled (fast.py)
+    model    has `context`, `depth_step` and `null`, as TorchModel does
     cond     (B, L) int64
     noise    what `draw_noise` returns, for at least 1 + M rounds
-    c        the section `sample` of a configuration; config.yaml says what its values are
-    codes (B, N, D) and region (N,) bool, both or neither: in-painting; the stacks where `region` is False are kept
-    Yields a State after every update; the codes of the last one are the result.
+    c        the section `sample` of a configuration
+    codes (B, N, D) and region (N,) bool, both or neither: in-painting; only the stacks of the region are drawn
+    update   the function above, or one that does the same faster (support/fast.py)
+    Yields the State after every update; the codes of the last one are the result.
     """
-    assert (codes is None) == (region is None)
-    order, uniforms = (t.to(cond.device) for t in noise)
-    order = sobol_order(order) if c.order == "sobol" else order
-    B, N, D = uniforms.shape[1:]
-    if region is None:
-        codes, region = cond.new_zeros(B, N, D), torch.ones(N, dtype=torch.bool, device=cond.device)
-    inside = [o[region[o]].view(B, -1) for o in order]                      # the region's positions, a random order a round
-    state = State("draft", 0, codes, region.expand(B, N), torch.zeros(B, N, device=cond.device))
-    # null against null would change nothing. The last time that the host waits for the device: from here on it only gives orders.
-    conditional = bool((cond != model.null).any())
-    step = getattr(model, "update", update)
+    state, orders, uniforms = first_state(cond, noise, codes, region)
 
-    sets = partition(inside[0], c.t_draft, c.draft_growing)
-    left = inside[0].shape[1]
-    for t, positions in enumerate(sets):
-        # DEVIATION, if asked for: the paper's draft has one guidance throughout, and draws a set chosen beforehand.
-        ramp = t / max(1, len(sets) - 1) if c.draft_ramp else 1
-        how = Sampling(c.draft_temperature, 1 + ramp * conditional * (c.draft_guidance - 1), c.top_k, c.top_p)
-        most_likely, n = None, positions.shape[1]
-        if c.draft_pool < 1:                                 # all `left` that are still hidden are drawn, in their random order
-            known = (~state.hidden.gather(1, inside[0])).byte()
-            most_likely, positions = (n, c.draft_pool), inside[0].gather(1, known.argsort(dim=1, stable=True)[:, :left])
-        left -= n
-        state = step(model, state, positions, uniforms[0], cond, how, most_likely)
+    sampling = Sampling(c.draft_temperature, c.draft_guidance, c.top_k, c.top_p)
+    for positions in partition(orders[0], c.t_draft):             # S^0 = UPDATE(S^empty, Pi), Eq. 13: the sets to
+        state = update(model, state, positions, uniforms[0], cond, sampling)          # come are still hidden
         yield state
 
-    how = Sampling(c.revise_temperature, c.revise_guidance if conditional else 1, c.top_k, c.top_p)
-    for m in range(1, 1 + c.rounds):
-        state, positions = state._replace(phase="revise", round=m), inside[m]
-        if c.revise_share < 1:                               # DEVIATION: only the stacks that were drawn least likely
-            n = math.ceil(c.revise_share * positions.shape[1])
-            doubtful = state.log_p.gather(1, positions).argsort(dim=1, stable=True)[:, :n].sort(1).values
-            positions = positions.gather(1, doubtful)
-        for positions in partition(positions, c.t_revise):
-            state = step(model, state, positions, uniforms[m], cond, how, better=c.revise_better)
+    sampling = Sampling(c.revise_temperature, c.revise_guidance, c.top_k, c.top_p)
+    for m in range(1, 1 + c.rounds):                              # S^m = UPDATE(S^m-1, Pi), Eq. 14: only the current
+        state = state._replace(phase="revise", round=m)           # set is hidden, the others are all drawn by now
+        for positions in partition(orders[m], c.t_revise):
+            state = update(model, state, positions, uniforms[m], cond, sampling)
             yield state
+
+
+def sample(model, cond, seed, images, c, codes=None, region=None, update=update):
+    """Codes (B, N, D) of the images number `images` of a seed: draws the noise, runs the loop and keeps the last."""
+    noise = draw_noise(seed, images, 1 + c.rounds, model.positions, model.depth)
+    *_, last = draft_and_revise(model, cond, noise, c, codes, region, update)
+    return last.codes
 
 
 class TorchModel:
@@ -688,7 +678,6 @@ class TorchModel:
     decode(codes (B, N, D)) -> float32 images (B, 3, S, S), not clamped
     encode(images (B, 3, S, S) in [-1, 1]) -> codes (B, N, D)
     size, side, positions, depth, null   S, H = W, N, D, and the null condition's id
-    update   only where there is another than the function of that name (fast.py's, compiled)
 
     Moves and converts, in place, the modules that it is given.
     """

@@ -46,8 +46,7 @@ def transformer_section(**changes):
 
 def sample_section(**changes):
     values = dict(t_draft=4, t_revise=2, rounds=2, draft_temperature=1.0, revise_temperature=0.8, draft_guidance=1.0,
-                  revise_guidance=1.8, top_k=0, top_p=1.0, batch_size=16, order="random", draft_growing=False,
-                  draft_ramp=False, draft_pool=1.0, revise_share=1.0, revise_better=False)
+                  revise_guidance=1.8, top_k=0, top_p=1.0, batch_size=16)
     return SimpleNamespace(**{**values, **changes})
 
 

@@ -1,30 +1,203 @@
-"""Draft-and-Revise as one would write it down first: at every update all positions go through all blocks, with and without the
-condition, every depth starts from its first code again, and what is not wanted is thrown away. `drr.draft_and_revise` must draw the
-same codes; bench.py measures how much faster it is."""
+"""Other ways to decode than the paper's, written around `drr.update`, and the paper's written down plainly.
+
+    codes = strategies.sample(model, cond, seed, images, c)              # python -m tools.evaluate order=sobol
+
+`decode` takes the place of `drr.draft_and_revise`; docs/study.md compares the strategies, none of which wins clearly
+after revision. `plain_decode` is the slow, readable version: the fast one must draw the same codes.
+"""
+import math
+from types import SimpleNamespace
+
 import torch
 
 import drr
+from drr import Sampling, State, UserError
+from support import common
+
+# What these values do is said in `decode`; these are the paper's.
+DEFAULTS = {"order": "random", "draft_growing": False, "draft_ramp": False, "draft_pool": 1.0,
+            "revise_share": 1.0, "revise_better": False}
+ALLOWED = {"order": ("random", "sobol"), "draft_pool": "[0, 1]", "revise_share": "(0, 1]"}
 
 
+def sampling_values(info, overrides, positions):
+    """common.sampling_values, with the keys of DEFAULTS besides: the values of the checkpoint's `info` (or of a
+    configuration) with `key=value` overrides on top. Raises UserError as that does."""
+    ours = [text for text in overrides if text.partition("=")[0] in DEFAULTS and "=" in text]
+    c = common.sampling_values(info, [text for text in overrides if text not in ours], positions)
+    values = {key: getattr(info.sample, key, value) for key, value in DEFAULTS.items()}
+    given = set()
+    for text in ours:
+        key, _, value = text.partition("=")
+        if key in given:
+            raise UserError(f"{key} was given twice; give it once.")
+        given.add(key)
+        values[key] = common.parse_value(text, value)
+    for key, value in values.items():
+        values[key] = common.check_value(key, value, DEFAULTS[key], ALLOWED.get(key, common.ABOVE_0))
+    return SimpleNamespace(**vars(c), **values)
+
+
+# === Decoding: as drr.draft_and_revise, with six more choices ================================================
+@torch.inference_mode()
+def decode(model, cond, noise, c, codes=None, region=None, update=drr.update):
+    """As drr.draft_and_revise: yields the State after every update. Keys of DEFAULTS that `c` lacks are the paper's.
+
+    order           "sobol": the stacks of a set lie far apart (`sobol_order`)
+    draft_growing   few stacks in the first sets of the draft, many in the last (`growing_partition`)
+    draft_ramp      the draft's guidance rises evenly from none at the first update to draft_guidance at the last
+    draft_pool      0 Top-C, 0.5 Top-C-50% (`update_likeliest`), 1 the paper's Random
+    revise_share    a round revises this share of the stacks, those that were least likely when they were drawn
+    revise_better   a revision keeps the old stack where it is more likely than the new one (`update_better`)
+    """
+    c = SimpleNamespace(**DEFAULTS | vars(c))
+    if update is not drr.update and (c.draft_growing or c.draft_ramp or c.draft_pool < 1):
+        raise UserError("Compiled updates must be alike, and draft_growing, draft_ramp and draft_pool make each of "
+                        "them different; leave those out, or do not compile.")
+    if c.order == "sobol":
+        noise = sobol_order(noise[0]), noise[1]
+    state, orders, uniforms = drr.first_state(cond, noise, codes, region)
+
+    sampling = Sampling(c.draft_temperature, c.draft_guidance, c.top_k, c.top_p)
+    if c.draft_growing:
+        sets = growing_partition(orders[0], c.t_draft)
+    else:
+        sets = drr.partition(orders[0], c.t_draft)
+    for t, positions in enumerate(sets):
+        if c.draft_ramp:
+            ramp = t / max(1, len(sets) - 1)                                               # 0 .. 1
+            sampling = sampling._replace(guidance=1 + ramp * (c.draft_guidance - 1))
+        if c.draft_pool < 1:
+            state = update_likeliest(model, state, orders[0], positions.shape[1], c.draft_pool, uniforms[0], cond,
+                                     sampling, update)
+        else:
+            state = update(model, state, positions, uniforms[0], cond, sampling)
+        yield state
+
+    sampling = Sampling(c.revise_temperature, c.revise_guidance, c.top_k, c.top_p)
+    for m in range(1, 1 + c.rounds):
+        state = state._replace(phase="revise", round=m)
+        positions = orders[m]
+        if c.revise_share < 1:
+            positions = least_likely(state, positions, c.revise_share)
+        for positions in drr.partition(positions, c.t_revise):
+            if c.revise_better:
+                state = update_better(model, state, positions, uniforms[m], cond, sampling, update)
+            else:
+                state = update(model, state, positions, uniforms[m], cond, sampling)
+            yield state
+
+
+def sample(model, cond, seed, images, c, codes=None, region=None, update=drr.update):
+    """Codes (B, N, D), as drr.sample."""
+    noise = drr.draw_noise(seed, images, 1 + c.rounds, model.positions, model.depth)
+    *_, last = decode(model, cond, noise, c, codes, region, update)
+    return last.codes
+
+
+def sobol_order(order):
+    """Orders (..., N) of the positions of a square map in which any run of successive ones is spread evenly: the
+    Sobol sequence, moved (around the edges) so that it starts where `order` (..., N) does."""
+    N = order.shape[-1]
+    side = math.isqrt(N)
+    points = torch.quasirandom.SobolEngine(2).draw(4 ** (2 * side).bit_length())           # all cells are visited
+    cells = (points * side).long().tolist()
+    in_order = list(dict.fromkeys(map(tuple, cells)))                                      # at their first visit
+    y, x = torch.tensor(in_order, device=order.device).T                                   # (N,) each
+    first = order[..., :1]
+    return (y + first // side) % side * side + (x + first) % side
+
+
+def growing_partition(order, T):
+    """As drr.partition, but the t-th set leaves cos(pi t / 2 T) n positions (MaskGIT, arXiv 2202.04200), rounded;
+    each set has one position at least."""
+    n = order.shape[1]
+    T = min(T, n)
+    ends = [max(t, round(n * (1 - math.cos(math.pi / 2 * t / T)))) for t in range(1, T)]
+    return list(order.tensor_split(ends, dim=1))
+
+
+def update_likeliest(model, state, order, count, pool, uniforms, cond, sampling, update=drr.update):
+    """Top-C and Top-C-50% (Appendix C): draws all hidden stacks and hides them again, but for `count` of them.
+
+    Those that stay are the first ones in `order` (B, N) among the likeliest share `pool` of the hidden stacks (and
+    among the `count` likeliest for a smaller pool: pool 0 is Top-C, 1 the paper's Random).
+    """
+    B = len(order)
+    positions = order[state.hidden.gather(1, order)].view(B, -1)                           # (B, n), all hidden ones
+    drawn = update(model, state, positions, uniforms, cond, sampling)
+    log_p = drawn.log_p.gather(1, positions)
+    rank = log_p.argsort(dim=1, descending=True, stable=True).argsort(1)                   # 0: the likeliest
+    outside = rank >= max(count, math.ceil(pool * positions.shape[1]))
+    first = outside.byte().argsort(dim=1, stable=True)[:, :count]                          # the pool comes first
+    stays = torch.zeros_like(state.hidden).scatter(1, positions.gather(1, first), True)
+    return merge(stays, drawn, state)
+
+
+def update_better(model, state, positions, uniforms, cond, sampling, update=drr.update):
+    """drr.update, but a stack that was there before stays if it is more likely than the new one."""
+    drawn = update(model, state, positions, uniforms, cond, sampling)
+    old = log_probability(model, state, positions, cond, sampling)                         # (B, n)
+    old = torch.full_like(state.log_p, -math.inf).scatter(1, positions, old)
+    stays = old > drawn.log_p
+    return merge(stays, state._replace(log_p=old), drawn)
+
+
+def merge(chosen, this, other):
+    """The State `other` with the stacks of `this` where `chosen` (B, N)."""
+    return State(other.phase, other.round, torch.where(chosen[..., None], this.codes, other.codes),
+                 torch.where(chosen, this.hidden, other.hidden), torch.where(chosen, this.log_p, other.log_p))
+
+
+def log_probability(model, state, positions, cond, sampling):
+    """log p (B, n) of the stacks that stand at `positions` (B, n), predicted with all of them hidden."""
+    hidden = state.hidden.scatter(1, positions, True)
+    h = drr.guided_context(model, state.codes, hidden, cond, positions, sampling.guidance)
+    stacks = drr.select(state.codes, positions).flatten(0, 1)                              # (P, D)
+    seen = stacks.repeat(len(h) // len(stacks), 1)                                         # by both halves of h
+    log_p = torch.zeros(len(stacks), device=h.device)
+    cache = None
+    for d in range(stacks.shape[1]):
+        p, cache = drr.code_probabilities(model, h, seen, d, cache, sampling)
+        log_p += (p.gather(1, stacks[:, d:d + 1])[:, 0] / p.sum(1)).log()
+    return log_p.view(positions.shape)
+
+
+def least_likely(state, positions, share):
+    """Of `positions` (B, n), in their order, the share that was drawn with the lowest log-probability."""
+    n = math.ceil(share * positions.shape[1])
+    doubtful = state.log_p.gather(1, positions).argsort(dim=1, stable=True)[:, :n].sort(1).values
+    return positions.gather(1, doubtful)
+
+
+# === The paper's decoding, as one would write it down first ==================================================
 @torch.inference_mode()
 def plain_decode(transformer, cond, noise, c):
-    """Codes (B, N, D) for conditions cond (B, L), `noise` of drr.draw_noise and the paper's strategies: Random, no ramp."""
-    order, uniforms = (t.to(cond.device) for t in noise)
+    """Codes (B, N, D) for conditions cond (B, L) and `noise` of drr.draw_noise, in the paper's way.
+
+    At every update all positions go through all blocks, with and without the condition, every depth starts from its
+    first code again, and what is not needed is thrown away.
+    """
+    order, uniforms = (tensor.to(cond.device) for tensor in noise)
     B, N, D = uniforms.shape[1:]
-    codes, hidden = cond.new_zeros(B, N, D), torch.ones(B, N, dtype=torch.bool, device=cond.device)
-    phases = [(c.t_draft, c.draft_temperature, c.draft_guidance)] + c.rounds * [(c.t_revise, c.revise_temperature, c.revise_guidance)]
-    for m, (steps, temperature, guidance) in enumerate(phases):
-        for positions in drr.partition(order[m], steps):
-            chosen = torch.zeros_like(hidden).scatter(1, positions, True)
-            hidden = hidden | chosen
-            conditional = transformer.context(codes, hidden, cond)
-            null = transformer.context(codes, hidden, torch.full_like(cond, transformer.null))
-            drawn = codes.flatten(0, 1).clone()                                              # (B N, D), of all positions
+    null_cond = torch.full_like(cond, transformer.null)
+    codes = cond.new_zeros(B, N, D)
+    hidden = torch.ones(B, N, dtype=torch.bool, device=cond.device)
+    draft = c.t_draft, c.draft_temperature, c.draft_guidance
+    revise = c.t_revise, c.revise_temperature, c.revise_guidance
+    for m, (T, temperature, guidance) in enumerate([draft] + c.rounds * [revise]):
+        sampling = Sampling(temperature, guidance, c.top_k, c.top_p)
+        for positions in drr.partition(order[m], T):
+            current = torch.zeros_like(hidden).scatter(1, positions, True)
+            hidden = hidden | current
+            h_cond = transformer.context(codes, hidden, cond).flatten(0, 1)                # (B N, d_model)
+            h_null = transformer.context(codes, hidden, null_cond).flatten(0, 1)
+            stacks = codes.flatten(0, 1).clone()                                           # (B N, D)
             for d in range(D):
-                l_cond, l_null = (transformer.depth_logits(h.flatten(0, 1), drawn)[:, d].float() for h in (conditional, null))
-                logits = l_null + guidance * (l_cond - l_null)
-                p = drr.probabilities(logits, drr.Sampling(temperature, guidance, c.top_k, c.top_p))
-                drawn[:, d] = drr.inverse_cdf(p, uniforms[m].flatten(0, 1)[:, d])
-            codes = torch.where(chosen[..., None], drawn.view(B, N, D), codes)
-            hidden = hidden & ~chosen
+                l_cond = transformer.depth_logits(h_cond, stacks)[:, d].float()
+                l_null = transformer.depth_logits(h_null, stacks)[:, d].float()
+                p = drr.probabilities(l_null + guidance * (l_cond - l_null), sampling)
+                stacks[:, d] = drr.inverse_cdf(p, uniforms[m].flatten(0, 1)[:, d])
+            codes = torch.where(current[..., None], stacks.view(B, N, D), codes)
+            hidden = hidden & ~current
     return codes
