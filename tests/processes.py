@@ -92,3 +92,24 @@ def run(*arguments, cwd):
     done = execute(*arguments, cwd=cwd)
     assert done.returncode == 0, done.stderr
     return done
+
+
+def torchrun(count, script, *arguments, cwd, wrapper="", timeout=200):
+    """torchrun with `count` processes on this machine, for a script of this repository or a module such as
+    tools.evaluate. wrapper: Python code to run before the script. Returns returncode and `output`."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
+    if script.endswith(".py"):
+        script = str(REPO / script)
+        runner = "run_path"
+        command.append(script)
+    else:
+        runner = "run_module"
+        command += ["-m", script]
+    if wrapper:
+        wrapped = cwd / "wrapped.py"
+        wrapped.write_text(f"import runpy, sys\nsys.path.insert(0, {str(REPO)!r})\n{wrapper}\n"
+                           f"runpy.{runner}({script!r}, run_name='__main__')\n")
+        command = [*command[:5], str(wrapped)]        # in the place of the script
+    done = subprocess.run([*command, *map(str, arguments)], cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True,
+                          timeout=timeout)
+    return SimpleNamespace(returncode=done.returncode, output=done.stdout + done.stderr)
