@@ -110,6 +110,6 @@ def torchrun(count, script, *arguments, cwd, wrapper="", timeout=200):
         wrapped.write_text(f"import runpy, sys\nsys.path.insert(0, {str(REPO)!r})\n{wrapper}\n"
                            f"runpy.{runner}({script!r}, run_name='__main__')\n")
         command = [*command[:5], str(wrapped)]        # in the place of the script
-    done = subprocess.run([*command, *map(str, arguments)], cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True,
-                          timeout=timeout)
+    done = subprocess.run([*command, *map(str, arguments)], cwd=cwd, env=ENVIRONMENT, capture_output=True,
+                          text=True, timeout=timeout)
     return SimpleNamespace(returncode=done.returncode, output=done.stdout + done.stderr)
