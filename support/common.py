@@ -23,143 +23,131 @@ BUNDLED = HERE / "checkpoints" / "tiny-imagenet-32"
 
 
 # === Configuration: config.yaml + overrides -> nested namespaces ============================================
-# What a value may be: one of some words, or a number in an interval, whose end a round bracket excludes.
-ABOVE_0 = "(0, 1e18)"                              # the keys that are not listed
-ALLOWED = {
-    "data.balance": "[0, 1]", "data.workers": "[0, 1000]", "data.seed": "[0, 4398046511104]",
-    "data.views": "[1, 10000]", "data.class_views": "[1, 10000]",
-    "vae.loss": ("mse", "l1"), "vae.perceptual": ("lpips", "efficientnet"), "vae.disc": ("patchgan", "spectral"),
-    "vae.codebook_size": "[1, 65536]",             # the token cache holds codes as uint16
-    "vae.ema_decay": "[0, 1]", "vae.weights_ema": "[0, 1]", "vae.betas": "[0, 1)",
-    "transformer.cond": ("class", "none", "text"), "transformer.cond_dropout": "[0, 1]",
-    "transformer.weights_ema": "[0, 1]", "transformer.betas": "[0, 1)",
-    "sample.rounds": "[0, 1000]", "sample.top_k": "[0, 65536]", "sample.top_p": "(0, 1]",
-    "sample.draft_temperature": "[0.01, 100]", "sample.revise_temperature": "[0.01, 100]",
-    "sample.draft_guidance": "[0, 100]", "sample.revise_guidance": "[0, 100]",
-    **dict.fromkeys([f"vae.{key}" for key in (
-        "commitment_weight", "perceptual_weight", "disc_weight", "feature_weight", "disc_start", "disc_ramp",
-        "disc_layers", "quantize_start", "warmup", "micro_batch", "grad_clip")], "[0, 1e18)"),
-    **dict.fromkeys([f"transformer.{key}" for key in (
-        "warmup", "micro_batch", "grad_clip", "weight_decay")], "[0, 1e18)"),
-}
+# What a key's value may be: a number in a range, or one of some words. What is not listed here is above 0.
+ALLOWED = {key: allowed for allowed, keys in {
+    "from 0": "workers quantize_start commitment_weight perceptual_weight disc_weight disc_start disc_ramp disc_layers "
+              "feature_weight micro_batch warmup grad_clip weight_decay",
+    "from 0 to 1": "balance ema_decay weights_ema cond_dropout",
+    "from 0 to below 1": "betas",
+    "from 0 to 4398046511104": "seed",
+    "from 0 to 65536": "top_k",
+    "from 0 to 1000": "rounds",
+    "from 0 to 100": "draft_guidance revise_guidance",
+    "from 0.01 to 100": "draft_temperature revise_temperature",
+    "from 1 to 10000": "views class_views",
+    "from 1 to 65536": "codebook_size",                      # the token cache holds codes as uint16
+    "above 0 to 1": "top_p",
+    "one of mse, l1": "loss",
+    "one of lpips, efficientnet": "perceptual",
+    "one of patchgan, spectral": "disc",
+    "one of class, none, text": "cond",
+}.items() for key in keys.split()}
 
 
 def load_config(preset, overrides=(), sections=None):
-    """The preset's values over those of the base, with `section.key=value` overrides on top, as nested namespaces.
+    """The preset's values over the base's, with `section.key=value` overrides on top, as nested namespaces.
 
-    Raises UserError for an unknown preset, section or key (naming the nearest known one), for a value that is not
-    allowed, and for an override outside of `sections`, if only those are read.
+    Raises UserError for an unknown preset, section or key (naming the nearest known one), for a value that is
+    not allowed, and for an override outside of `sections`, if only those are read.
     """
     document = yaml.safe_load((HERE / "config.yaml").read_text())
-    base, presets = document["base"], document["presets"]
-    known = [f"{section}.{key}" for section in base for key in base[section]]
-    layers = []                                              # later ones win
+    presets, base = document["presets"], flatten(document["base"])
+    values = {}
     while preset is not None:
         if preset not in presets:
             raise UserError(f"There is no preset {preset!r}; config.yaml has {', '.join(presets)}.")
         layer = dict(presets[preset])
         preset = layer.pop("like", None)
-        layers.insert(0, layer)
+        values = {**flatten(layer), **values}
     for text in overrides:
         name, equals, value = text.partition("=")
-        section, dot, key = name.partition(".")
-        if not (equals and dot):
+        section = name.partition(".")[0]
+        if not equals or "." not in name:
             raise UserError(f"{text!r} is not an override; write section.key=value, for example vae.lr=1e-4.")
-        if sections and section in base and section not in sections:
-            raise UserError(f"{text!r} has no effect here, where only {', '.join(sections)} are read; leave it out.")
-        if not isinstance(base.get(section, {}).get(key), str):
-            value = parse_value(text, value)
-        layers.append({section: {key: value}})
-    config = {section: dict(values) for section, values in base.items()}
-    for layer in layers:
-        for section, values in layer.items():
-            for key, value in values.items():
-                name = f"{section}.{key}"
-                if name not in known:
-                    nearest = difflib.get_close_matches(name, known, 1, cutoff=0)[0]
-                    raise UserError(f"config.yaml has no key {name!r}; the nearest is {nearest!r}.")
-                config[section][key] = check_value(name, value, base[section][key], ALLOWED.get(name, ABOVE_0))
-    return SimpleNamespace(**{section: SimpleNamespace(**values) for section, values in config.items()})
+        if sections and section in document["base"] and section not in sections:
+            raise UserError(f"{text!r} has no effect where only {', '.join(sections)} are read; leave it out.")
+        values[name] = value if isinstance(base.get(name), str) else parse_value(text, value)
+    for name in values:
+        if name not in base:
+            nearest = difflib.get_close_matches(name, base, 1, cutoff=0)[0]
+            raise UserError(f"config.yaml has no key {name!r}; the nearest is {nearest!r}.")
+    config = {section: SimpleNamespace() for section in document["base"]}
+    for name, default in base.items():
+        section, key = name.split(".")
+        setattr(config[section], key, check_value(name, values.get(name, default), default))
+    return SimpleNamespace(**config)
+
+
+def flatten(sections):
+    """{"vae": {"lr": 1}} -> {"vae.lr": 1}."""
+    return {f"{section}.{key}": values[key] for section, values in sections.items() for key in values}
 
 
 def sampling_values(info, overrides, positions):
-    """The section `sample` of a checkpoint's `info` (or of a configuration) with `key=value` overrides on top.
+    """The section `sample` of a checkpoint's `info`, or of a configuration, with `key=value` overrides on top.
 
-    A key that an older checkpoint lacks has config.yaml's value. A model without classes has no use for guidance,
-    which is 1 then. Raises UserError for an unknown key, a value that is not allowed, a key given twice, or more
-    updates than there are positions.
+    A key that an older checkpoint lacks has config.yaml's value. Without classes nothing can be guided: both
+    guidances are 1. Raises UserError for an unknown key, one given twice, and a value that is not allowed.
     """
     base = yaml.safe_load((HERE / "config.yaml").read_text())["base"]["sample"]
-    values = {key: getattr(info.sample, key, value) for key, value in base.items()}
-    for key in ("t_draft", "t_revise"):                      # 16x16 positions in the preset, 8x8 in this model
-        values[key] = min(values[key], positions)
-    given = set()
+    given = {}
     for text in overrides:
         key, equals, value = text.partition("=")
         if not equals or key not in base:
-            raise UserError(f"{text!r} is not a sampling value; write key=value, where key is one of "
-                            f"{', '.join(base)} (other strategies than the paper's: python -m tools.evaluate).")
+            raise UserError(f"{text!r} is not a sampling value; write key=value with one of {', '.join(base)}; "
+                            "strategies other than the paper's are for tools.evaluate and tools.study.")
         if key in given:
-            raise UserError(f"{key} was given twice (a flag such as --m sets it, too); give it once.")
-        given.add(key)
-        values[key] = parse_value(text, value)
-    for key, value in values.items():
-        allowed = ALLOWED.get(f"sample.{key}", ABOVE_0)
-        if key in ("t_draft", "t_revise"):
-            allowed = f"[1, {positions}]"
-        values[key] = check_value(key, value, base[key], allowed)
+            raise UserError(f"{key} is given twice, as {key}=value or by its flag; give it once.")
+        given[key] = parse_value(text, value)
+    values = {**base, **vars(info.sample), **given}
+    values = {key: check_value(key, values[key], base[key]) for key in base}
+    for key in ("t_draft", "t_revise"):
+        if key in given and values[key] > positions:
+            raise UserError(f"{key} is {values[key]}; expected at most {positions}, the number of positions.")
+        values[key] = min(values[key], positions)            # the preset may be for a larger code map
     if info.transformer.cond == "none":
         values.update(draft_guidance=1.0, revise_guidance=1.0)
     return SimpleNamespace(**values)
 
 
 def parse_value(text, value):
-    """The YAML value of an override `text`, whose part behind the = is `value`."""
+    """What YAML reads in `value`, the right side of the override `text`."""
     try:
         result = yaml.safe_load(value)
-        if type(result) is int:
-            return int(value)                                # YAML's 010 is 8, and its 1:30 is 90
-        return result
+        return int(value) if type(result) is int else result           # YAML's 010 is 8, and its 1:30 is 90
     except (yaml.YAMLError, ValueError):
-        raise UserError(f"{text!r} has no value that YAML reads in one way; expected a plain number, a word or a "
-                        "list such as [1, 2].") from None
+        raise UserError(f"{text!r} has no plain value; expected a number, a word or a list like [1, 2].") from None
 
 
-def check_value(name, value, like, allowed):
-    """`value` in the type of `like`, the base's value (PyYAML reads 4e-5 as a string), if ALLOWED allows it.
+def check_value(name, value, like, allowed=None):
+    """`value` in the type of `like`, the base's value: PyYAML reads 4e-5 as a string.
 
-    allowed: an interval, or a tuple of words. Raises UserError for anything else, under the given name.
+    allowed: a range or words, those of ALLOWED if None. Raises UserError for a value of another kind or range.
     """
-    if isinstance(like, str):
-        if isinstance(allowed, tuple) and value not in allowed:
-            raise UserError(f"{name} is {value!r}; expected one of {', '.join(allowed)}.")
-        return str(value)
-    low, high = (float(end) for end in allowed[1:-1].split(","))
-
-    def number(value, like):
-        exact = value if isinstance(value, int) else float(value)
-        result = type(like)(exact)                           # a whole number may come as 1e3
-        inside = low <= result <= high and (result > low or allowed[0] == "[") and (result < high or allowed[-1] == "]")
-        if isinstance(value, bool) or result != exact or not inside:
-            raise ValueError
-        return result
-
+    allowed = allowed or ALLOWED.get(name.rpartition(".")[2], "above 0")
+    kind = {bool: "true or false", int: f"a whole number {allowed}", float: f"a number {allowed}", str: allowed,
+            list: f"a list of numbers {allowed}"}[type(like)]
     try:
+        if isinstance(like, list):
+            if not isinstance(value, list) or not value or name.endswith("betas") and len(value) != 2:
+                raise ValueError
+            return [check_value(name, v, like[0], allowed) for v in value]
+        if isinstance(like, str):
+            if allowed.startswith("one of ") and value not in allowed.removeprefix("one of ").split(", "):
+                raise ValueError
+            return str(value)
         if isinstance(like, bool):
             return {"true": True, "false": False}[str(value).lower()]
-        if not isinstance(like, list):
-            return number(value, like)
-        if not isinstance(value, list) or not value or name.endswith("betas") and len(value) != 2:
+        start, low, below, high = re.fullmatch(r"(from|above) (\S+)(?: to (below )?(\S+))?", allowed).groups()
+        low, high = float(low), float(high or 1e18)
+        exact = value if isinstance(value, int) else float(value)
+        number = type(like)(exact)                           # 1e3 is a whole number, too
+        excluded = start == "above" and number == low or below and number == high
+        if isinstance(value, bool) or number != exact or not low <= number <= high or excluded:
             raise ValueError
-        return [number(v, like[0]) for v in value]
+        return number
     except (ValueError, TypeError, KeyError, OverflowError):
-        kind = {list: "a list of numbers", bool: "true or false", int: "a whole number", float: "a number"}[type(like)]
-        ends = ""
-        if not isinstance(like, bool):
-            ends = f" {'from' if allowed[0] == '[' else 'above'} {low:.16g}"
-        if not isinstance(like, bool) and high < 1e18:
-            ends += f" {'to' if allowed[-1] == ']' else 'to below'} {high:.16g}"
-        raise UserError(f"{name} is {value!r}; expected {kind}{ends}, for example {like}.") from None
+        raise UserError(f"{name} is {value!r}; expected {kind} (config.yaml has {like}).") from None
 
 
 # === Classes: what the user calls them -> indices ===========================================================
@@ -168,47 +156,47 @@ def find_class(text, classes, titles):
     wanted = text.strip().lower().replace(" ", "_")
     if text.strip() in classes:                              # a folder may be called 10 and not be class 10
         return classes.index(text.strip())
+    last = len(classes) - 1
     if re.fullmatch(r"-?[0-9]{1,9}", wanted):
-        if not 0 <= int(wanted) < len(classes):
-            raise UserError(f"Class {wanted} does not exist; this checkpoint has classes 0 to {len(classes) - 1}.")
+        if not 0 <= int(wanted) <= last:
+            raise UserError(f"Class {wanted} does not exist; this checkpoint has classes 0 to {last}.")
         return int(wanted)
     keys = [title.lower().replace(" ", "_") for title in titles]
-    matches = [i for i, name in enumerate(classes) if wanted == name.lower()]
-    matches = matches or [i for i, key in enumerate(keys) if wanted == key]
-    matches = matches or [i for i, key in enumerate(keys) if wanted and wanted in key]
+    matches = ([i for i, name in enumerate(classes) if wanted == name.lower()]
+               or [i for i, key in enumerate(keys) if wanted == key]
+               or [i for i, key in enumerate(keys) if wanted and wanted in key])
     if len(matches) == 1:
         return matches[0]
     if matches:
-        listed = ", ".join(f"{i} {titles[i]}" for i in matches[:12])
-        more = ", ..." if len(matches) > 12 else ""
-        raise UserError(f"{text!r} fits {len(matches)} classes; give the index of one: {listed}{more}.")
-    near = difflib.get_close_matches(wanted, keys, 3, cutoff=0.5)
-    if near:
-        raise UserError(f"There is no class {text!r}; did you mean {', '.join(near)}?")
-    raise UserError(f"There is no class {text!r}; give an index from 0 to {len(classes) - 1}, a wnid or a name.")
+        listed = ", ".join(f"{i} {titles[i]}" for i in matches[:12]) + ", ..." * (len(matches) > 12)
+        raise UserError(f"{text!r} fits {len(matches)} classes; give the index of one: {listed}.")
+    near = ", ".join(difflib.get_close_matches(wanted, keys, 3, cutoff=0.5))
+    hint = f"did you mean {near}?" if near else f"give an index from 0 to {last}, a wnid or a name."
+    raise UserError(f"There is no class {text!r}; {hint}")
 
 
 def pick_classes(text, info):
     """--class -> class indices, None standing for the null class."""
-    if info.transformer.cond == "none":
-        if text:
-            raise UserError("This checkpoint was trained without classes; leave --class out.")
-        return [None]
     if info.transformer.cond == "text":
         raise UserError("This checkpoint is conditioned on text, which sample.py cannot tokenize yet.")
+    if info.transformer.cond == "none" and text:
+        raise UserError("This checkpoint was trained without classes; leave --class out.")
+    if info.transformer.cond == "none":
+        return [None]
     if not text:
-        raise UserError("Which class? Give --class an index, a wnid or a name, for example --class 980, or `none`.")
-    return [None if t.strip() == "none" else find_class(t, info.classes, info.titles) for t in text.split(",")]
+        raise UserError("Which class? Give --class an index, a wnid or a name (for example 980), or `none`.")
+    names = [name.strip() for name in text.split(",")]
+    return [None if name == "none" else find_class(name, info.classes, info.titles) for name in names]
 
 
 # === Errors: an exception -> one sentence and an exit status ================================================
 def run(main):
-    """Calls main(). A mistake of the user's, a full disk and the like end in one sentence and exit status 2,
-    Ctrl-C ends in 130; anything else is a bug and keeps its traceback."""
+    """Calls main(). A user's mistake, a full disk and the like end in one sentence and exit status 2, Ctrl-C
+    in 130; anything else is a bug and keeps its traceback."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:                       # closed by the caller
             setattr(sys, name, open(os.devnull, "w"))
-        with contextlib.suppress(AttributeError):            # a class may be called Forêt where only ASCII can be printed
+        with contextlib.suppress(AttributeError):            # a class may be called Forêt, stdout be ASCII
             getattr(sys, name).reconfigure(errors="backslashreplace")
     try:
         main()
@@ -217,53 +205,37 @@ def run(main):
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
-        message = explain(error)
-        if message is None:
+        sentence = explain(error)
+        if sentence is None:
             raise
-        if is_first_to_fail():
-            print(f"error: {message}", file=sys.stderr)
+        with contextlib.suppress(FileExistsError):           # what all processes meet, one of them says
+            if os.environ.get("TORCHELASTIC_ERROR_FILE"):    # torchrun's FOLDER/RANK/error.json
+                Path(os.environ["TORCHELASTIC_ERROR_FILE"]).parent.with_name("said").touch(exist_ok=False)
+            print(f"error: {sentence}", file=sys.stderr)
         sys.exit(2)
 
 
 def explain(error):
-    """The sentence for an exception that is no bug of ours, or None."""
-    text = " ".join(str(error).split())
+    """The sentence for an exception that is not a bug of ours; None for one that is."""
+    # An error in a worker process arrives as the text of its traceback, which ends in the sentence.
+    text = " ".join(str(error).split("drr.UserError: ")[-1].split())
     if isinstance(error, UserError):
-        if text.startswith("Caught "):                       # in a worker process, with its traceback in front
-            text = str(error).strip().splitlines()[-1].removeprefix("drr.UserError: ")
         return text
     if isinstance(error, OSError):
         where = f" ({error.filename})" if error.filename else ""
         return f"The operating system refused: {error.strerror or error}{where}."
     if isinstance(error, torch.OutOfMemoryError):
-        return ("The GPU's memory is full; lower batch_size, in training set micro_batch, or use --device cpu.")
-    # On a CPU, and on MPS, torch says so with a RuntimeError.
+        return "The GPU's memory is full; lower batch_size or, in training, micro_batch, or use --device cpu."
+    # On a CPU and on MPS, torch says so in a RuntimeError.
     if isinstance(error, MemoryError) or re.search("can't allocate memory|out of memory", text):
         return "The memory is full; lower batch_size or, in training, set data.in_memory=false."
     if isinstance(error, torch._dynamo.exc.TorchDynamoException):
-        return (f"torch.compile does not work here ({type(error).__name__}: it needs a C++ compiler, on a GPU Triton); "
-                "leave --compile out or, in training, set vae.compile=false or transformer.compile=false.")
-    if ranks()[1] > 1 and (isinstance(error, dist.DistError) or "gloo" in text or "NCCL" in text):
-        return (f"The connection to another process of this run broke ({text[:80]}); look for its error, then go on "
-                "with --resume.")
+        return (f"torch.compile does not work here ({type(error).__name__}: it needs a C++ compiler, on a GPU "
+                "Triton); leave --compile out or, in training, set vae.compile=false or transformer.compile=false.")
+    if ranks()[1] > 1 and (isinstance(error, dist.DistError) or re.search("gloo|NCCL", text)):
+        return (f"The connection to another process of this run broke ({text[:80]}); look for its error, then go "
+                "on with --resume.")
     return None
-
-
-def is_first_to_fail():
-    """Whether no other process of this run on this machine has said its error yet: what many meet is said once.
-
-    Whoever creates a file in the folder that torchrun keeps for its processes is the first.
-    """
-    report = os.environ.get("TORCHELASTIC_ERROR_FILE")       # FOLDER/RANK/error.json
-    if not report:
-        return True
-    try:
-        Path(report).parent.with_name("first_error").touch(exist_ok=False)
-    except FileExistsError:
-        return False
-    except OSError:
-        pass
-    return True
 
 
 # === Devices and precisions =================================================================================
@@ -295,25 +267,25 @@ def pick_device(args):
         dtype = torch.bfloat16 if bf16_pays(device) else torch.float32
     else:
         dtype = PRECISIONS[args.precision]
-    torch.backends.cudnn.allow_tf32 = dtype != torch.float32     # convolutions, in which float32 otherwise has 10 bits
+    torch.backends.cudnn.allow_tf32 = dtype != torch.float32           # else float32 convolutions have 10 bits
     return device, dtype
 
 
 def bf16_pays(device):
-    """Whether bf16 products are clearly faster than those of float32; a CPU with instructions for them is measured."""
+    """Whether bf16 products are clearly faster than float32's; a CPU with instructions for them is measured."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     found = getattr(torch.cpu, "get_capabilities", dict)()
     if device.type == "mps" or not (found.get("amx_bf16") or found.get("avx512_bf16")):
         return False
     best = {torch.bfloat16: 0, torch.float32: 0}
-    for dtype in 5 * list(best):                             # in turns, and the best of each: other programs must not decide
+    for dtype in 5 * list(best):                             # the best of each, as other programs may interrupt
         best[dtype] = max(best[dtype], matrix_rate(device, dtype, 0.01, 512))
-    return best[torch.bfloat16] > 1.5 * best[torch.float32]  # no machine seen was near that (0.6, or 3 and more)
+    return best[torch.bfloat16] > 1.5 * best[torch.float32]  # every machine seen has 0.6, or 3 and more
 
 
 def matrix_rate(device, dtype, seconds=2.0, n=None):
-    """Operations per second of products of n x n matrices (8192 on a GPU, 2048 elsewhere), the median over `seconds`."""
+    """Operations per second of n x n matrix products (8192 on a GPU, 2048 elsewhere), the median over `seconds`."""
     n = n or (8192 if device.type == "cuda" else 2048)
     a = torch.randn(n, n, device=device, dtype=dtype)
     b = torch.randn(n, n, device=device, dtype=dtype)
@@ -366,12 +338,12 @@ def open_image(path, background="white"):
         raise UserError(f"The picture {path} does not exist.") from None
     except UnidentifiedImageError:
         raise UserError(f"{path} is not an image, or its first bytes are damaged.") from None
-    except Exception as error:                               # Pillow raises nearly anything for a damaged file
+    except Exception as error:                               # Pillow raises almost anything for a damaged one
         raise UserError(f"{path} cannot be read as an image ({error}).") from None
 
 
 def crop_box(width, height, view, seed):
-    """The square (left, top, side) of a view: 0 is the central one, the others are random, 0.6 to 1 times as wide."""
+    """The square (left, top, side) of a view: 0 is the central one, others are random, 0.6 to 1 times as wide."""
     short = min(width, height)
     if view == 0:
         return (width - short) / 2, (height - short) / 2, short
@@ -398,13 +370,14 @@ def to_pixels(images):
 
 
 def grid(pixels, columns, scale=1):
-    """B pictures, uint8 (S, S, 3) -> one PIL picture, row by row, each enlarged `scale` times (bicubic), 2 px apart."""
+    """B pictures, uint8 (S, S, 3) -> one PIL picture, row by row, each enlarged `scale` times, 2 pixels apart."""
     side = pixels[0].shape[0] * scale
     rows = math.ceil(len(pixels) / columns)
     canvas = Image.new("RGB", (columns * (side + 2) - 2, rows * (side + 2) - 2), "white")
     for i, image in enumerate(pixels):
         y, x = divmod(i, columns)
-        canvas.paste(Image.fromarray(image).resize((side, side), Image.BICUBIC), (x * (side + 2), y * (side + 2)))
+        enlarged = Image.fromarray(image).resize((side, side), Image.BICUBIC)
+        canvas.paste(enlarged, (x * (side + 2), y * (side + 2)))
     return canvas
 
 
