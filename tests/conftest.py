@@ -1,4 +1,5 @@
 """What the tests share: the path to the scripts, small configurations, small models."""
+import json
 import os
 import sys
 from pathlib import Path
@@ -64,3 +65,22 @@ def tiny_transformer(positions=16, depth=4, classes=5, codebook_size=24, code_di
 
 def random_codes(*shape, codebook_size=24, seed=0):
     return torch.randint(codebook_size, shape, generator=torch.Generator().manual_seed(seed))
+
+
+class FeatureNet(torch.nn.Module):
+    """images (B, 3, S, S) -> six features, four logits: simple ones, for tools/evaluate.py and tools/study.py."""
+
+    def forward(self, images):
+        features = torch.cat([images.mean((2, 3)), images.std((2, 3))], 1)
+        return features, features[:, :4] * 5
+
+
+@pytest.fixture(scope="session")
+def feature_net(tmp_path_factory):
+    """FeatureNet as a program of torch.export that says what it is."""
+    path = tmp_path_factory.mktemp("feature_net") / "net.pt2"
+    batch = torch.export.Dim("B")
+    program = torch.export.export(FeatureNet(), (torch.zeros(2, 3, 32, 32),), dynamic_shapes=({0: batch},))
+    about = {"classes": ["n02814860", "n09332890", "n09472597", "n11939491"], "size": 32}
+    torch.export.save(program, path, extra_files={"about.json": json.dumps(about)})
+    return path
