@@ -147,7 +147,7 @@ def check_value(name, value, like, allowed=None):
             raise ValueError
         return number
     except (ValueError, TypeError, KeyError, OverflowError):
-        raise UserError(f"{name} is {value!r}; expected {kind} (config.yaml has {like}).") from None
+        raise UserError(f"{name} is {value!r}; expected {kind} (the default is {like}).") from None
 
 
 # === Classes: what the user calls them -> indices ===========================================================
