@@ -17,7 +17,7 @@ from support import common
 # What these values do is said in `decode`; these are the paper's.
 DEFAULTS = {"order": "random", "draft_growing": False, "draft_ramp": False, "draft_pool": 1.0,
             "revise_share": 1.0, "revise_better": False}
-ALLOWED = {"order": ("random", "sobol"), "draft_pool": "[0, 1]", "revise_share": "(0, 1]"}
+ALLOWED = {"order": "one of random, sobol", "draft_pool": "from 0 to 1", "revise_share": "above 0 to 1"}
 
 
 def sampling_values(info, overrides, positions):
@@ -34,7 +34,7 @@ def sampling_values(info, overrides, positions):
         given.add(key)
         values[key] = common.parse_value(text, value)
     for key, value in values.items():
-        values[key] = common.check_value(key, value, DEFAULTS[key], ALLOWED.get(key, common.ABOVE_0))
+        values[key] = common.check_value(key, value, DEFAULTS[key], ALLOWED.get(key))
     return SimpleNamespace(**vars(c), **values)
 
 
