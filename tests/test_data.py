@@ -69,7 +69,7 @@ def test_hidden_folders_are_left_out_links_are_followed_and_empty_ones_are_named
     (tmp_path / "train" / "a" / "round").symlink_to(tmp_path / "train")        # leads back to where it is
     files, labels, classes = data.find_images(tmp_path)
     assert classes == ["a", "b"] and [f.name for f in files] == ["1.png", "2.png"] and labels.tolist() == [0, 1]
-    assert "no images in nothing, which" in capsys.readouterr().err
+    assert "without images: nothing" in capsys.readouterr().err
 
 
 def test_pictures_without_class_folders_are_one_class_without_a_name(tmp_path):
@@ -108,7 +108,7 @@ def test_the_fingerprint_is_that_of_names_and_sizes(tmp_path):
     for i in range(3):
         write(tmp_path / "one" / "a" / f"{i}.png", seed=i)
     shutil.copytree(tmp_path / "one", tmp_path / "moved")
-    fingerprint = lambda name: data.fingerprint(data.find_images(tmp_path / name)[0])
+    fingerprint = lambda name: data.files_fingerprint(data.find_images(tmp_path / name)[0])
     first = fingerprint("one")
     assert fingerprint("moved") == first
     for change in (lambda d: (d / "a" / "1.png").rename(d / "a" / "9.png"), lambda d: (d / "a").rename(d / "b"),
@@ -243,7 +243,7 @@ def test_a_shard_is_read_once_and_again_when_it_has_changed(shards, tmp_path, mo
     pack(shards / "train" / "000001.tar", labelled(write(tmp_path / "new.png"), 2))
     changed = data.find_images(shards, index=tmp_path / "index")[0]
     assert read[3:] == ["000001.tar"] and [p.name for p in changed if p.parent.name == "000001.tar"] == ["new.png"]
-    assert data.fingerprint(changed) != data.fingerprint(first)
+    assert data.files_fingerprint(changed) != data.files_fingerprint(first)
     os.utime(shards / "train" / "000002.tar", (1, 1))                          # the same size, another time
     data.find_images(shards, index=tmp_path / "index")
     assert read[4:] == ["000002.tar"]
@@ -375,7 +375,7 @@ def test_several_processes_deliver_together_the_batch_of_one(load):
     views = make_views(load=load, views=2, in_memory=load)
     images, labels, _ = views[3]
     parts = []
-    for views.own in np.split(np.arange(8), [3, 4]):
+    for views.rows in np.split(np.arange(8), [3, 4]):
         parts.append(views[3])
     assert [len(part) for part, _, _ in parts] == [3, 1, 4]
     assert torch.equal(torch.cat([part for part, _, _ in parts]), images)
@@ -468,15 +468,15 @@ def test_stand_ins_are_the_same_however_the_batch_is_shared(partly_broken):
     views = make_views(partly_broken, in_memory=False, views=120)
     broken = [2, 3]                                                            # a/2.png and b/0.png
     for step in range(6):
-        views.own = np.arange(8)
+        views.rows = np.arange(8)
         images, labels, bad = views[step]
         assert bad == np.isin(views.file_of[views.draw(step)[0]], broken).sum()   # pictures, not attempts
         parts = []
-        for views.own in np.split(np.arange(8), [3, 4]):
+        for views.rows in np.split(np.arange(8), [3, 4]):
             parts.append(views[step])
         assert torch.equal(torch.cat([part[0] for part in parts]), images) and sum(part[2] for part in parts) == bad
         assert torch.equal(torch.cat([part[1] for part in parts]), labels)
-    views.own = np.arange(8)
+    views.rows = np.arange(8)
     assert sum(views[step][2] for step in range(6)) > 0
 
 
@@ -531,7 +531,7 @@ def cached(views, vae, directory):
 def test_cached_codes_are_those_of_the_crops_and_of_their_mirror_images(tmp_path, vae):
     views = make_views(size=32, views=2)
     codes = cached(views, vae, tmp_path)
-    x = common.to_float(torch.stack([views.crop(i) for i in range(len(views))]), "cpu")
+    x = common.to_float(torch.stack([views.read(i) for i in range(len(views))]), "cpu")
     assert codes.shape == (2, 30, 64, 4) and codes.dtype == np.uint16
     for flip, images in enumerate((x, x.flip(-1))):
         assert torch.equal(torch.from_numpy(codes[flip].astype(np.int64)), vae.encode(images))
@@ -576,7 +576,7 @@ def test_broken_files_are_dropped_from_the_cache_and_from_the_views(partly_broke
         views = make_views(partly_broken, size=32, views=2)
         codes = cached(views, vae, tmp_path / "codes")
         assert codes.shape == (2, 10, 64, 4) and len(views) == 10
-        x = common.to_float(torch.stack([views.crop(i) for i in range(10)]), "cpu")
+        x = common.to_float(torch.stack([views.read(i) for i in range(10)]), "cpu")
         assert torch.equal(torch.from_numpy(np.array(codes[0]).astype(np.int64)), vae.encode(x))
 
 
@@ -595,7 +595,7 @@ def work(rank, world, store, kill_at, *jobs):
     if world > 1:
         torch.distributed.init_process_group("gloo", f"file://{store}", rank=rank, world_size=world)
     torch.set_num_threads(1)
-    encoded, original, data.BLOCK = [], data.encode, 4
+    encoded, original, data.Views.BLOCK = [], data.encode, 4
 
     def encode(model, x, dtype):
         encoded.append(len(x))

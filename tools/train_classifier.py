@@ -81,7 +81,7 @@ def main():
         raise UserError(f"{args.data} has no class with at least 100 pictures; there is nothing to learn from.")
     classes = [name for name, enough in zip(names, many) if enough]
     views = data.Views(files, labels, names, SIZE, args.batch_size, load_config("smoke", ["data.class_views=1"]).data)
-    views.keep(many[views.labels])
+    views.select(many[views.labels])
     views.load("cpu")
     number = torch.full((len(names),), -1)
     number[torch.from_numpy(many)] = torch.arange(len(classes))
