@@ -1,11 +1,11 @@
-"""The pictures of the logs: what they hold, what they leave out, and what happens to logs that are none."""
+"""The pictures of the logs: what they hold, what they leave out, and what happens to damaged logs."""
 import builtins
 
 import pytest
 from PIL import Image
 
-from support import plots
 from drr import UserError
+from support import plots
 
 VAE = ("step,reconstruction,val_psnr,perceptual,usage_1,usage_2,remark\n"
        "5,0.3,,0.0,0.5,0.25,warm\n10,0.2,14.5,0.0,0.5,,\n15,nan,,0.0\n")
@@ -22,7 +22,8 @@ def test_a_log_is_read_with_its_gaps_and_without_unknown_columns(run):
     assert "remark" not in log and log["step"] == [5, 10, 15]
     assert plots.points(log, "reconstruction", True) == [(5, 10), (0.3, 0.2)]
     assert plots.points(log, "val_psnr", False) == [(10,), (14.5,)]
-    assert plots.points(log, "perceptual", False) is None and plots.points(log, "lr", False) is None
+    assert plots.points(log, "perceptual", False) is None            # 0 throughout
+    assert plots.points(log, "lr", False) is None
 
 
 def test_curves_come_in_the_order_of_depths(run):
@@ -34,23 +35,24 @@ def test_curves_come_in_the_order_of_depths(run):
 
 
 def test_a_picture_is_drawn(run):
-    pytest.importorskip("matplotlib", reason="pip install -r requirements-train.txt")
-    (run / "transformer.csv").write_text("step,loss,loss_1,val_loss,grad_norm,lr\n1,3,3,,0.1,0.1\n2,2,2,2.5,0.2,0.1\n")
+    pytest.importorskip("matplotlib", reason="pip install -r requirements-tools.txt")
+    rows = "step,loss,loss_1,val_loss,grad_norm,lr\n1,3,3,,0.1,0.1\n2,2,2,2.5,0.2,0.1\n"
+    (run / "transformer.csv").write_text(rows)
     with Image.open(plots.draw(run)) as both:
         assert min(both.size) > 500 and len(both.convert("RGB").getcolors(1 << 24)) > 50
         height = both.height
     (run / "transformer.csv").unlink()
     with Image.open(plots.draw(run, run / "new" / "one.png")) as one:
         assert one.height < height
-    (run / "vae.csv").write_text("step,remark\n1,a\n")                  # nothing to draw yet
+    (run / "vae.csv").write_text("step,remark\n1,a\n")                # nothing to draw yet
     plots.draw(run)
-    assert not list(run.glob(".*"))                                     # no temporary files
+    assert not list(run.glob(".*"))                                   # no temporary files
 
 
-@pytest.mark.parametrize("text", ["", "step,reconstruction\n", "a,b\n1,2\n", "step,lr\n1,high\n", "step,lr\n1,2,3\n",
-                                  b"\xff\xfe\x00"])
+@pytest.mark.parametrize("text", [b"", b"step,reconstruction\n", b"a,b\n1,2\n", b"step,lr\n1,high\n",
+                                  b"step,lr\n1,2,3\n", b"\xff\xfe\x00"])
 def test_a_damaged_log_is_one_sentence(tmp_path, text):
-    (tmp_path / "vae.csv").write_bytes(text if isinstance(text, bytes) else text.encode())
+    (tmp_path / "vae.csv").write_bytes(text)
     with pytest.raises(UserError, match="damaged or no training log"):
         plots.draw(tmp_path)
     assert not (tmp_path / "plots.png").exists()
@@ -67,5 +69,5 @@ def test_no_log_and_no_matplotlib_are_one_sentence(run, tmp_path, monkeypatch):
         return real(name, *arguments, **keywords)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(UserError, match="requirements-train.txt"):
+    with pytest.raises(UserError, match="requirements-tools.txt"):
         plots.draw(run)
