@@ -24,7 +24,7 @@ SERVER = """
 import contextlib, json, os, runpy, sys
 import torch, torch._dynamo, torch._subclasses.fake_tensor
 import train_transformer, train_vae
-with contextlib.suppress(ImportError):       # requirements-train.txt, which the scripts do without
+with contextlib.suppress(ImportError):       # requirements-tools.txt, which the scripts do without
     import matplotlib.backends.backend_agg, matplotlib.figure, matplotlib.font_manager
 for line in sys.stdin:                       # answers with the pid, then with the exit status
     task = json.loads(line)

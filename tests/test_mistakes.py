@@ -1,0 +1,288 @@
+"""Mistakes of users: each ends in one sentence and exit status 2, leaves no traceback and writes nothing."""
+import importlib.util
+import json
+import math
+import os
+import pickle
+import runpy
+import shutil
+import sys
+
+import pytest
+import torch
+from conftest import REPO, TESTS
+from PIL import Image
+from processes import execute
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import drr
+from support import common
+
+PHOTOS = TESTS / "photos"
+NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+NO_LPIPS = pytest.mark.skipif(importlib.util.find_spec("lpips") is not None, reason="lpips is installed here")
+
+
+# === A folder full of things that can be got wrong ==========================================================
+class Attack:
+    """What pickle would execute while loading it."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def rewrite(path, change):
+    """Changes the tensors or the configuration of a checkpoint."""
+    with safe_open(path, "pt") as f:
+        meta = json.loads(f.metadata()["drr"])
+    tensors = load_file(path)
+    change(tensors, meta)
+    save_file(tensors, path, {"drr": json.dumps(meta)})
+
+
+CHANGES = {                          # name of the copy: the file, and what is changed in its tensors or its meta
+    "stranger": ("vae", lambda tensors, meta: tensors["quantizer.codebook"].add_(0.1)),
+    "keyless": ("vae", lambda tensors, meta: meta["vae"].pop("ch")),
+    "widened": ("transformer", lambda tensors, meta: meta["transformer"].update(d_model=128)),
+    "classless": ("transformer", lambda tensors, meta: meta.update(classes=None)),
+    "untitled": ("transformer", lambda tensors, meta: meta["titles"].pop()),
+    "not_a_number": ("transformer", lambda tensors, meta: tensors["pos"].fill_(math.nan)),
+    "unsampled": ("transformer", lambda tensors, meta: meta["sample"].update(batch_size=0)),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A checkpoint with random weights in `good`, damaged copies of it, and pictures and data of all kinds."""
+    folder = tmp_path_factory.mktemp("mistakes")
+    good = folder / "good"
+    config = common.load_config("smoke")
+    classes, titles = ["n1", "n2", "n3", "n4"], ["beacon", "lakeside", "volcano", "daisy"]
+    torch.manual_seed(0)
+    vae = drr.RQVAE(config.vae)
+    transformer = drr.ContextualRQTransformer(config.transformer, 4, 64, 4, vae.quantizer.codebook)
+    drr.save_vae(good / "vae.safetensors", vae, config)
+    drr.save_transformer(good / "transformer.safetensors", transformer, config, classes, titles, vae)
+    for name in (*CHANGES, "truncated", "pickled", "halved", "swapped"):
+        shutil.copytree(good, folder / name)
+    for name, (file, change) in CHANGES.items():
+        rewrite(folder / name / f"{file}.safetensors", change)
+    whole = (good / "transformer.safetensors").read_bytes()
+    (folder / "truncated" / "transformer.safetensors").write_bytes(whole[:len(whole) // 2])
+    (folder / "pickled" / "transformer.safetensors").write_bytes(pickle.dumps(Attack(folder / "executed")))
+    (folder / "halved" / "transformer.safetensors").unlink()
+    shutil.copy(good / "vae.safetensors", folder / "swapped" / "transformer.safetensors")
+
+    Image.new("RGB", (32, 32), "red").save(folder / "photo.png")
+    Image.new("L", (31, 32), 255).save(folder / "small_mask.png")
+    Image.new("L", (32, 32), 0).save(folder / "black_mask.png")
+    for name in ("empty", "flat", "broken"):
+        (folder / name).mkdir()
+    Image.new("RGB", (32, 32)).save(folder / "flat" / "a.png")
+    for name in ("text.png", "broken/a.jpg", "file", "file.pt"):
+        (folder / name).write_text("no picture")
+    return folder
+
+
+def contents(folder):
+    """All paths in it, but for caches of codes and the locks of runs, which may stay after a mistake."""
+    paths = (str(path.relative_to(folder)) for path in folder.rglob("*"))
+    return sorted(path for path in paths if "codes" not in path and not path.startswith("runs"))
+
+
+@pytest.fixture
+def refused(folder, monkeypatch, capsys):
+    """refused("sample.py ...", word) runs a script in this process, where a mistake costs milliseconds, and expects
+    status 2, one line `error: ...` that has the word in it, and nothing written."""
+    def refused(command, word):
+        before = contents(folder)
+        monkeypatch.chdir(folder)
+        script, *arguments = command.replace("PHOTOS", str(PHOTOS)).split(" ")
+        monkeypatch.setattr(sys, "argv", [str(REPO / script), *filter(None, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(sys.argv[0], run_name="__main__")
+        assert_refused(end.value.code, capsys.readouterr().err, word)
+        assert contents(folder) == before
+    return refused
+
+
+def assert_refused(status, stderr, word):
+    lines = [line for line in stderr.splitlines() if "error: " in line]
+    assert status == 2 and "Traceback" not in stderr and len(lines) == 1, (status, stderr)
+    assert stderr.strip().endswith(lines[0].strip()) and word.lower() in lines[0].lower(), stderr
+
+
+# === The table: how the command begins, what the sentence must name, how the command may end ================
+SAMPLE = "sample.py --out new/x.png --checkpoint"
+DRAW = f"{SAMPLE} good --class 2"
+REPAINT = f"{DRAW} --num 1 --image photo.png"
+VAE = "train_vae.py smoke vae.steps=1 vae.warmup=0"
+TRANSFORMER = "train_transformer.py smoke transformer.steps=1 transformer.warmup=0"
+VAE_DATA = f"{VAE} --data PHOTOS"
+TRANSFORMER_DATA = f"{TRANSFORMER} --data PHOTOS"
+GIVEN = f"{TRANSFORMER_DATA} --vae good/vae.safetensors"
+
+MISTAKES = [
+    # --- sample.py: classes, numbers, sampling values
+    (f"{SAMPLE} good", "--class", [""]),
+    (f"{SAMPLE} good", "zebra", ["--class zebra"]),
+    (f"{SAMPLE} good", "lakeside", ["--class d"]),
+    (f"{SAMPLE} good", "class", ["--class 4", "--class -1", "--class volcano,,daisy"]),
+    (DRAW, "--seed", ["--seed -1", "--seed x"]),
+    (DRAW, "--num", ["--num 0", "--num -3", "--num many", "--class 0,1 --num 1"]),
+    (DRAW, "t_draft", ["--t-draft 0", "--t-draft 65", "--t-draft 4 t_draft=8", "--t-draft x"]),
+    (DRAW, "t_revise", ["--t-revise 0", "t_revise=65", "t_revise=1.5"]),
+    (DRAW, "rounds", ["--m -1", "rounds=100000", "--m 1 --m 2"]),
+    (DRAW, "revise_temperature", [f"--temperature {value}" for value in ("nan", "inf", "0", "hot")]),
+    (DRAW, "draft_temperature", ["--draft-temperature 0"]),
+    (DRAW, "revise_guidance", ["--guidance nan", "--guidance -1", "--guidance 101"]),
+    (DRAW, "draft_guidance", ["--draft-guidance -1"]),
+    (DRAW, "top_p", ["--top-p 0", "--top-p 1.5", "--top-p nan"]),
+    (DRAW, "top_k", ["--top-k -1", "top_k=[", "top_k=[1]"]),
+    (DRAW, "key=value", ["nonsense=1", "sobol"]),
+    (DRAW, "tools.evaluate", ["order=sobol", "draft_pool=0.5"]),
+    # --- sample.py: pictures that come in
+    (f"{REPAINT} --region", "32 x 32", ["0,0,33,8", "8,8,8,16"]),
+    (f"{REPAINT} --region", "--region", ["1,2,3", "a,b,c,d", "-4,0,8,8"]),
+    (f"{REPAINT} --mask", "31 x 32", ["small_mask.png"]),
+    (f"{REPAINT} --mask", "repaint", ["black_mask.png"]),
+    (f"{REPAINT} --mask", "missing.png", ["missing.png"]),
+    (REPAINT, "--region", ["", "--region 0,0,8,8 --mask small_mask.png"]),
+    (DRAW, "--image", ["--region 0,0,8,8", "--paste"]),
+    (f"{DRAW} --region 0,0,8,8", "text.png", ["--image text.png"]),
+    (f"{DRAW} --region 0,0,8,8", "missing.png", ["--image missing.png"]),
+    (f"{SAMPLE} good --reconstruct", "missing.png", ["missing.png"]),
+    (f"{SAMPLE} good --reconstruct", "text.png", ["text.png"]),
+    (f"{SAMPLE} good --reconstruct photo.png", "--reconstruct", ["--class 2", "--m 0", "top_k=1"]),
+    # --- sample.py: checkpoints and outputs
+    (f"{SAMPLE}", "vae.safetensors", ["nowhere --class 2", "empty --class 2", "keyless --class 2"]),
+    (f"{SAMPLE}", "transformer.safetensors",
+     [f"{name} --class 2" for name in ("halved", "truncated", "pickled", "classless", "swapped")]),
+    (f"{SAMPLE}", "another RQ-VAE", ["stranger --class 2"]),
+    (f"{SAMPLE}", "architecture", ["widened --class 2"]),
+    (f"{SAMPLE}", "title", ["untitled --class 2"]),
+    (f"{SAMPLE}", "finite", ["not_a_number --class 2"]),
+    (f"{SAMPLE}", "batch_size", ["unsampled --class 2"]),
+    (DRAW, "000.png", ["--out a/000.png --out-dir a"]),
+    (f"{SAMPLE} good", "photo.png", ["--reconstruct photo.png --out photo.png"]),
+    (f"{REPAINT} --region 0,0,8,8", "photo.png", ["--out ./photo.png"]),
+    (DRAW, "file", ["--out file/x.png", "--out x.png --out-dir file"]),
+    (DRAW, "empty", ["--out empty"]),
+    (DRAW, "--backend", ["--exported empty"]),
+    (DRAW, "--colour", ["--colour red"]),
+    # --- overrides
+    ("train_vae.py --data PHOTOS", "smoke", ["smok"]),
+    (VAE_DATA, "vae.codebook_size", ["vae.codebok_size=9", "vae.codebook_size=0", "vae.codebook_size=70000"]),
+    (VAE_DATA, "'vae.lr'", ["vea.lr=1"]),
+    (VAE_DATA, "vae.lr=", ["vae.lr", "lr=1", "=1", "vae.lr=[1"]),
+    (VAE_DATA, "vae.lr", [f"vae.lr={value}" for value in (
+        "fast", "", "[1]", "-1", "nan", ".nan", "inf", ".inf", "1e999", "{a:1}")]),
+    (VAE_DATA, "vae.steps", [f"vae.steps={value}" for value in ("1.5", "-1", "nan", ".inf", "true", "0")]),
+    (VAE_DATA, "vae.restart", ["vae.restart=2", "vae.restart=maybe"]),
+    (VAE_DATA, "vae.ch_mult", [f"vae.ch_mult={value}" for value in ("3", "[]", "[1,a]", "[1.5]", "[[1]]")]),
+    (VAE_DATA, "vae.betas", ["vae.betas=[nan,1]", "vae.betas=[0.5]", "vae.betas=[0.5,1]"]),
+    (VAE_DATA, "vae.loss", ["vae.loss=huber", "vae.loss=[mse]"]),
+    *[(VAE_DATA, f"vae.{key}", [f"vae.{key}=0"]) for key in (
+        "batch_size", "depth", "log_every", "save_every", "picture_every")],
+    (VAE_DATA, "vae.ema_decay", ["vae.ema_decay=1.5"]),
+    (VAE_DATA, "data.views", ["data.views=0"]),
+    (VAE_DATA, "data, vae", ["transformer.lr=1"]),
+    (GIVEN, "transformer.", ["transformer.cond=image", "transformer.cond_dropout=2", "transformer.head_dim=0"]),
+    (GIVEN, "sample.", [f"sample.{value}" for value in (
+        "t_draft=0", "t_revise=0", "t_drafts=9", "batch_size=0", "draft_temperature=0", "top_p=0", "rounds=2000")]),
+    # --- train_vae.py
+    (VAE, "--data", [""]),
+    (f"{VAE} --data", "empty", ["empty"]),
+    (f"{VAE} --data", "nowhere", ["nowhere"]),
+    (f"{VAE} --data", "broken", ["broken"]),
+    ("train_vae.py smoke --data", "vae.steps=1 does not exist", ["vae.steps=1"]),
+    (VAE_DATA, "micro_batch", ["vae.micro_batch=3"]),
+    (VAE_DATA, "vae.ch", ["vae.ch=33"]),
+    (VAE_DATA, "disc_layers", ["vae.disc_layers=6"]),
+    (VAE_DATA, "like.foo", ["like.foo=1"]),
+    (VAE_DATA, "resume", ["--resume"]),
+    (VAE_DATA, "file", ["--out file"]),
+    (VAE_DATA, "--force", ["--out good"]),
+    (f"{VAE} --official", "nowhere.pt", ["nowhere.pt"]),
+    (f"{VAE} --official", "file.pt", ["file.pt"]),
+    (f"{VAE} --official file.pt", "--data", ["--data empty"]),
+    (f"{VAE} --official file.pt", "--init", ["--init file.pt"]),
+    # --- train_transformer.py
+    (TRANSFORMER, "--data", [""]),
+    (TRANSFORMER_DATA, "vae.safetensors", [""]),
+    (TRANSFORMER_DATA, "nowhere.safetensors", ["--vae nowhere.safetensors"]),
+    (TRANSFORMER_DATA, "file", ["--vae file"]),
+    (f"{TRANSFORMER} --vae good/vae.safetensors", "cond=none", ["--data flat"]),
+    (GIVEN, "text", ["transformer.cond=text"]),
+    (GIVEN, "d_model", ["transformer.d_model=40"]),
+    (GIVEN, "resume", ["--resume"]),
+    (GIVEN, "another RQ-VAE", ["--out stranger"]),
+    # --- export.py
+    ("export.py --checkpoint", "nowhere", ["nowhere"]),
+]
+
+
+@pytest.mark.parametrize("command, word", [(f"{begin} {end}", word) for begin, word, ends in MISTAKES for end in ends])
+def test_a_mistake_is_refused_in_one_sentence(refused, command, word):
+    refused(command, word)
+
+
+@NO_GPU
+@pytest.mark.parametrize("command", [DRAW, VAE_DATA])
+def test_a_gpu_that_is_not_there_is_refused(refused, command):
+    refused(f"{command} --device cuda", "cuda")
+
+
+@NO_LPIPS
+def test_a_package_that_is_not_there_is_refused(refused):
+    refused(f"{VAE_DATA} vae.perceptual_weight=1", "lpips")
+
+
+@pytest.mark.parametrize("arguments, word", [(["train_vae.py", "smoke"], "--data"), (["sample.py", "--num", "x"], "--num")])
+def test_the_shell_sees_the_same(tmp_path, arguments, word):
+    done = execute(*arguments, cwd=tmp_path)
+    assert_refused(done.returncode, done.stderr, word)
+    assert not list(tmp_path.iterdir())
+
+
+# === What is no mistake of the user's =======================================================================
+def fill_the_memory():
+    torch.empty(2 ** 60, dtype=torch.uint8)                  # torch says so with a RuntimeError
+
+
+def interrupt():
+    raise KeyboardInterrupt
+
+
+def fail_in_a_worker():
+    raise drr.UserError("Caught UserError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n"
+                        "  ...\ndrr.UserError: a.png is damaged.")
+
+
+@pytest.mark.parametrize("main, status, sentence", [
+    (fill_the_memory, 2, "error: The memory is full"), (interrupt, 130, ""),
+    (fail_in_a_worker, 2, "error: a.png is damaged.\n")])
+def test_full_memory_an_interruption_and_a_worker_leave_no_traceback(capsys, main, status, sentence):
+    with pytest.raises(SystemExit) as stopped:
+        common.run(main)
+    assert stopped.value.code == status
+    assert capsys.readouterr().err.startswith(sentence)
+
+
+def test_a_bug_keeps_its_traceback():
+    with pytest.raises(ZeroDivisionError):
+        common.run(lambda: 1 / 0)
+
+
+def test_what_all_processes_of_a_run_meet_is_said_once(capsys, monkeypatch, tmp_path):
+    for rank in ("0", "1"):
+        (tmp_path / rank).mkdir()
+        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / rank / "error.json"))
+        with pytest.raises(SystemExit, match="2"):
+            common.run(fill_the_memory)
+    assert capsys.readouterr().err.count("error:") == 1
