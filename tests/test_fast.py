@@ -1,7 +1,6 @@
-"""What makes decoding fast gives the same codes: the plain decode of tests/plain.py is the reference. And bench.py counts right."""
+"""What makes decoding fast gives the same codes: the plain decode of tests/plain.py is the reference."""
 import functools
 import os
-import re
 
 import numpy as np
 import pytest
@@ -13,7 +12,7 @@ from processes import execute
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from tools import bench
+from tools.machine import CPU_ATTENTION
 from support import common
 import drr
 from support import fast
@@ -51,9 +50,9 @@ def test_context_of_some_positions_is_theirs_among_all(n_spatial, n):
     positions = torch.rand(3, N, generator=torch.Generator().manual_seed(1)).argsort(1)[:, :n]
     whole = transformer.context(codes, mask, cond)
     torch.testing.assert_close(transformer.context(codes, mask, cond, positions), drr.pick(whole, positions), atol=2e-5, rtol=1e-5)
-    with FlopCounterMode(display=False, custom_mapping=bench.CPU_ATTENTION) as all_positions:
+    with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as all_positions:
         transformer.context(codes, mask, cond)
-    with FlopCounterMode(display=False, custom_mapping=bench.CPU_ATTENTION) as some:
+    with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as some:
         transformer.context(codes, mask, cond, positions)
     assert some.get_total_flops() < all_positions.get_total_flops()           # with n = N all but the condition's token
 
@@ -245,55 +244,3 @@ def test_bf16_on_a_cpu_has_to_be_faster_than_float32(rates, expected, monkeypatc
     assert common.bf16_pays(CPU) is expected
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True}, raising=False)
     assert common.bf16_pays(CPU) is False
-
-
-# === bench.py =======================================================================================================
-@pytest.mark.parametrize("settings", [
-    {}, {"draft_guidance": 2.0}, {"revise_guidance": 1.0}, {"t_draft": 5, "t_revise": 3}, {"draft_growing": True}, {"draft_pool": 0.5},
-    {"draft_ramp": True, "draft_guidance": 2.0}, {"revise_share": 0.3, "t_revise": 4}, {"revise_better": True}, {"rounds": 0}])
-@pytest.mark.parametrize("depth", [1, 4])
-def test_counts_the_operations_that_torch_counts(settings, depth):
-    transformer, c = tiny_transformer(N, depth, n_spatial=3), sample_section(**settings)
-    model = Model(transformer)
-    noise = drr.draw_noise(0, range(2), 1 + c.rounds, N, depth)
-    with FlopCounterMode(display=False, custom_mapping=bench.CPU_ATTENTION) as counter:
-        list(drr.draft_and_revise(model, torch.tensor([[0], [1]]), noise, c))
-    assert counter.get_total_flops() == 2 * bench.decode_flops(transformer, c)
-
-
-def table(text):
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("| ")]
-    return [dict(zip(rows[0], row, strict=True)) for row in rows[1:]]
-
-
-def test_bench_times_every_mode(tmp_path):
-    done = execute("tools.bench", "--preset", "smoke", "--mode", "eager,plain,raster", "--batch", "1,2", "--t-draft", 8, "--repeat", 1,
-                   "--precision", "fp32", "rounds=1", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    rows = table(done.stdout)
-    assert [(r["mode"], r["batch"], r["T_draft"]) for r in rows] == [(m, b, t) for b in "12" for m, t in (
-        ("eager", "8"), ("plain", "8"), ("raster", "64"))]
-    for row in rows:
-        seconds, flops = float(row["s per image"]), float(row["GFLOP per image"])
-        assert float(row["GFLOP/s"].replace(",", "")) == pytest.approx(flops / seconds, rel=0.1, abs=0.5)
-        assert float(row["peak MiB"].replace(",", "")) > 100 and float(row["first decode, s"]) > 0
-        split = row["spatial, depth, sampling, decoder"]
-        assert split == "-" if row["mode"] == "plain" else abs(sum(map(int, re.findall(r"\d+", split))) - 100) <= 2
-
-
-def test_bench_times_training_steps(tmp_path):
-    done = execute("tools.bench", "--train", "smoke", "--repeat", 1, "--precision", "fp32", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    rows = table(done.stdout)
-    assert [r["stage"] for r in rows] == ["vae", "transformer"]
-    assert all(float(r["images/s"]) > 0 and int(r["share of the products"].rstrip("%")) > 0 for r in rows)
-
-
-@pytest.mark.parametrize("arguments, word", [
-    (["--mode", "warp"], "warp"), (["--t-draft", 65], "64"), (["--batch", 0], "--batch"), (["--preset", "imagnet"], "imagnet"),
-    (["--preset", "smoke", "--train", "smoke"], "exclude"), (["--train", "smoke", "--precision", "fp8"], "fp8"), (["t_darft=3"], "t_draft"),
-    (["t_draft=3"], "--t-draft"), (["--train", "smoke", "--batch", 2], "--batch"), (["--repeat", 0], "--repeat"), (["--batch", "x"], "whole"),
-    (["--mode", "plain", "order=sobol"], "plain")])
-def test_mistakes_are_one_sentence(arguments, word, tmp_path):
-    done = execute("tools.bench", *arguments, cwd=tmp_path)
-    assert done.returncode == 2 and "Traceback" not in done.stderr and word in done.stderr.splitlines()[-1]

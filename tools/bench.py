@@ -1,94 +1,79 @@
-"""Measures how fast decoding and training are, beside the matrix-product rate that the same machine reaches in the same run.
+"""Measures how fast decoding and training are, beside the matrix products that the same machine does meanwhile.
 
-    python bench.py                                           # the bundled checkpoint, eager and compiled
-    python bench.py --mode eager,plain,raster                 # beside a plain decode, and one position at a time
-    python bench.py --preset imagenet-821m --batch 1,100 --t-draft 8,32,64 --mode eager,graphs,compiled+graphs
-    python bench.py --train tiny-imagenet-32                  # a training step of both stages
+    python -m tools.bench                                     # the bundled checkpoint, eager and compiled
+    python -m tools.bench --mode eager,plain,raster           # beside a plain decode, and one position at a time
+    python -m tools.bench --mode eager:fp32,eager:bf16,onnx   # exports first; trt on a machine with TensorRT
+    python -m tools.bench --preset imagenet-821m --batch 1,100 --t-draft 8,32,64 --mode eager,graphs,compiled+graphs
+    python -m tools.bench --train tiny-imagenet-32            # training steps of both stages, on random pictures
 
-Modes: eager; compiled (fast.py); on a GPU graphs and compiled+graphs (its CUDA graphs); plain (tests/plain.py: every position through
-everything, no cache); raster (the same model, one position at a time in raster order, no revision). Sampling values are the
-checkpoint's or the preset's; key=value changes them.
+Modes: eager; compiled (support/fast.py); on a GPU graphs and compiled+graphs (its CUDA graphs); onnx and trt
+(support/backends.py); plain (tools/strategies.py: every position through everything, no cache); raster (one position
+at a time in raster order, no revision). MODE:PRECISION gives a mode a precision of its own. Each mode runs in a
+process of its own, so that its memory is its own, and all decode in turns, since a machine's speed varies. Sampling
+values are the checkpoint's or the preset's; key=value changes them.
 """
 import argparse
-import copy
+import contextlib
+import csv
 import itertools
-import math
 import statistics
 import sys
+import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from PIL import Image
 from tqdm import tqdm
 
 import drr
-from tools import estimate
-from support import fast
-from support.common import (BUNDLED, HERE, PRECISIONS, add_device_arguments, load_config, matrix_rate, peak_ram, pick_device,
-                    random_checkpoint, run, sampling_values, synchronize)
+import export
+import train_transformer
+import train_vae
 from drr import UserError
+from support import backends, fast
+from support.common import (BUNDLED, PRECISIONS, add_device_arguments, load_config, matrix_rate, pick_device,
+                            precision_name, run, synchronize)
+from tools import strategies
+from tools.machine import decode_flops, decoder_flops, peak_memory, random_checkpoint, reset_peak
 
-PAPERS = ("order=random", "draft_pool=1", "draft_growing=false", "draft_ramp=false", "revise_share=1", "revise_better=false")
-MODES = ("eager", "compiled", "graphs", "compiled+graphs", "plain", "raster")
-
-
-# === Arithmetic: what one image needs ===============================================================================
-# torch's counter knows the fused attention kernels of GPUs, and not yet the CPU's.
-CPU_ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
-                 lambda q, k, v, *_, **named: sdpa_flop_count(q, k, v)}
-
-
-def decode_flops(transformer, c):
-    """Floating-point operations (2 a multiply-add) of the transformer for one image: matrix products only, as in torch's own
-    counter, and only those that the algorithm needs. c: the section `sample`."""
-    d, K, n_z = transformer.ln.weight.numel(), *transformer.codebook.shape
-    N, D, T = transformer.positions, transformer.depth, transformer.positions + transformer.cond_length
-    block = lambda tokens, keys: tokens * (24 * d * d + 4 * keys * d)      # 12 d^2 weights; q k^T, and the sum of v
-    last = lambda n: T * 4 * d * d + n * (20 * d * d + 4 * T * d)          # keys and values of all, the rest of n tokens
-    spatial = lambda n: 2 * N * n_z * d + (len(transformer.spatial) - 1) * block(T, T) + last(n)
-    stack = sum(len(transformer.depthwise) * block(1, t + 1) + 2 * d * K + 2 * n_z * d * (t > 0) for t in range(D))
-    times = lambda guidance: 2 if guidance != 1 and transformer.null > 0 else 1    # without conditions nothing is guided
-    total, left = 0, N
-    sizes = lambda n, steps, growing=False: [len(s[0]) for s in drr.partition(torch.zeros(1, n), steps, growing)]
-    for t, n in enumerate(sizes(N, c.t_draft, c.draft_growing)):
-        drawn = n if c.draft_pool == 1 else left
-        total += times(1 if c.draft_ramp and t == 0 else c.draft_guidance) * (spatial(drawn) + drawn * stack)
-        left -= n
-    for n in sizes(math.ceil(c.revise_share * N), c.t_revise):
-        total += c.rounds * times(c.revise_guidance) * (spatial(n) + n * stack * (1 + c.revise_better))
-    return total
+TORCH_MODES = ("eager", "compiled", "graphs", "compiled+graphs", "plain", "raster")
+MODES = (*TORCH_MODES, "onnx", "trt")
+PAPER = [f"{key}={str(value).lower()}" for key, value in strategies.DEFAULTS.items()]
 
 
-def decoder_flops(vae):
-    """Floating-point operations of the RQ-VAE's decoder for one image, counted by torch."""
-    with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter, torch.no_grad():
-        vae.decode(torch.zeros(1, vae.side ** 2, vae.quantizer.depth, dtype=torch.int64, device=vae.quantizer.codebook.device))
-    return counter.get_total_flops()
+# === Processes: each has something to do whenever it is asked ===============================================
+def start(task, *arguments):
+    """Starts task(connection, *arguments) in a process of its own; returns the other end of the connection."""
+    context = torch.multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    context.Process(target=serve, args=(task, there, *arguments), daemon=True).start()
+    there.close()
+    return here
 
 
-# === Memory =========================================================================================================
-def reset_peak(device):
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    elif Path("/proc/self/clear_refs").exists():
-        Path("/proc/self/clear_refs").write_text("5")         # Linux: the peak of this process starts again
+def serve(task, connection, *arguments):
+    with contextlib.suppress(EOFError):                       # the parent is done
+        run(lambda: task(connection, *arguments))
 
 
-def peak_memory(device):
-    """MiB: on a GPU what PyTorch has taken of it; on Linux the most that the process held since `reset_peak`, elsewhere since
-    it began."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_reserved(device) / 2 ** 20      # with what captured graphs keep for themselves
-    return peak_ram() / 2 ** 20
+def ask(connection, name, *question):
+    """Sends the question to a process and waits for its answer."""
+    try:
+        connection.send(question)
+        return connection.recv()
+    except (EOFError, OSError):
+        raise UserError(f"Measuring {name} failed; its error stands above.") from None
 
 
-# === Decoding =======================================================================================================
+# === Decoding, in the process of a mode =====================================================================
 class Stopwatch:
-    """A model that adds up the time in each of its functions. To see it, it waits for the device at each call."""
+    """A model that adds up the seconds in each of its functions. It waits for the device at each call."""
 
     def __init__(self, model, device):
-        self.model, self.device, self.seconds = model, device, dict.fromkeys(("context", "depth_step", "decode"), 0.0)
+        self.model, self.device = model, device
+        self.seconds = dict.fromkeys(("context", "depth_step", "decode"), 0.0)
 
     def __getattr__(self, name):
         function = getattr(self.model, name)
@@ -97,143 +82,246 @@ class Stopwatch:
 
         def measured(*arguments):
             synchronize(self.device)
-            start = time.perf_counter()
+            started = time.perf_counter()
             result = function(*arguments)
             synchronize(self.device)
-            self.seconds[name] += time.perf_counter() - start
+            self.seconds[name] += time.perf_counter() - started
             return result
         return measured
 
 
-def prepare(model, mode, batch, c, device):
-    """A function that decodes one batch in this mode and returns the images, and the mode's sampling values."""
-    transformer = model.transformer
+def load_source(args):
+    if args.preset:
+        return random_checkpoint(args.preset)
+    return drr.load_checkpoint(args.checkpoint or BUNDLED)
+
+
+def mode_values(mode, info, overrides, positions, t_draft=None):
+    """The sampling values of a mode."""
+    c = strategies.sampling_values(info, overrides, positions)
+    if mode == "plain" and any(getattr(c, key) != value for key, value in strategies.DEFAULTS.items()):
+        raise UserError(f"Mode plain knows the paper's strategy only ({' '.join(PAPER)}); leave the others out, or plain.")
+    c.t_draft = t_draft or c.t_draft
     if mode == "raster":
-        c = sampling_values(c, [f"t_draft={model.positions}", "rounds=0", *PAPERS], model.positions)
-    order, uniforms = drr.draw_noise(0, range(batch), 1 + c.rounds, model.positions, model.depth)
-    noise = (torch.arange(model.positions).expand_as(order) if mode == "raster" else order), uniforms
-    cond = torch.zeros(batch, transformer.cond_length, dtype=torch.int64, device=device)
-    if mode == "plain":
-        if vars(c) != vars(sampling_values(c, PAPERS, model.positions)):
-            raise UserError("Mode plain knows the paper's strategy only; leave the others out, or plain. Its values are "
-                            f"{' '.join(PAPERS)}.")
-        sys.path.append(str(HERE / "tests"))
-        from plain import plain_decode
-        return lambda model=model: model.decode(plain_decode(transformer, cond, noise, c)), c
-    if mode not in ("eager", "raster"):
-        model = copy.copy(model)                              # the same networks
-        fast.speed_up(model, c, "compiled" in mode, "graphs" in mode)
-
-    def decode(model=model):
-        *_, last = drr.draft_and_revise(model, cond, noise, c)
-        return model.decode(last.codes)
-    return decode, c
+        paper = {key: value for key, value in strategies.DEFAULTS.items()}
+        vars(c).update(paper, t_draft=positions, rounds=0)
+    return c
 
 
-def timed(work, device):
-    """Seconds that work() takes, and the most MiB held meanwhile."""
-    reset_peak(device)
-    start = time.perf_counter()
-    work()
-    synchronize(device)
-    return time.perf_counter() - start, peak_memory(device)
+def decode_worker(connection, args, mode, precision, device, exported):
+    """Answers (batch, t_draft, whether to watch the parts) by (seconds, peak bytes, shares of the parts or None)."""
+    torch.set_num_threads(args.threads)
+    torch.backends.cudnn.allow_tf32 = precision != "fp32"     # the exported float32 does without
+    before = device_use(device)
+    if mode in TORCH_MODES:
+        vae, transformer, info = load_source(args)
+        model = drr.TorchModel(vae, transformer, device, PRECISIONS[precision])
+        length = transformer.cond_length
+    else:
+        model, info = backends.load(mode, exported, device)
+        backends.leave_cores_free(device)
+        length = model.cond_length
+    own, update = device_use(device) - before, drr.update
+    if mode in ("compiled", "graphs", "compiled+graphs"):
+        c = mode_values(mode, info, args.overrides, model.positions)
+        update = fast.compiled_update(model, c, "compiled" in mode, "graphs" in mode)
+
+    def decode(model, batch, c):
+        noise = drr.draw_noise(0, range(batch), 1 + c.rounds, model.positions, model.depth)
+        cond = torch.zeros(batch, length, dtype=torch.int64, device=device)
+        if mode == "raster":
+            noise = torch.arange(model.positions).expand_as(noise[0]), noise[1]
+        if mode == "plain":
+            codes = strategies.plain_decode(model.transformer, cond, noise, c)
+        else:
+            *_, last = strategies.decode(model, cond, noise, c, update=update)
+            codes = last.codes
+        model.decode(codes)
+        synchronize(device)
+
+    while True:
+        batch, t_draft, watch = connection.recv()
+        c = mode_values(mode, info, args.overrides, model.positions, t_draft)
+        reset_peak(device)
+        before, watched, shares = device_use(device), Stopwatch(model, device), None
+        started = time.perf_counter()
+        decode(watched if watch else model, batch, c)
+        seconds = time.perf_counter() - started
+        if watch:
+            shares = [s / seconds for s in watched.seconds.values()]
+        own += device_use(device) - before                    # all other processes are waiting meanwhile
+        memory = own if device.type == "cuda" and mode not in TORCH_MODES else peak_memory(device)
+        connection.send((seconds, memory, shares))
 
 
-def decode_rows(model, batch, c, modes, rates, device, repeat, bar):
-    """Cells of the table for each mode, all decoding in turns, since a machine's speed moves; `rates` gets more measurements."""
-    prepared = {mode: prepare(model, mode, batch, c, device) for mode in modes}
-    taken = {mode: [] for mode in modes}
-    for trial in range(1 + repeat):                           # the first is the warm-up
+def device_use(device):
+    """Bytes in use on a GPU, by all: what ONNX Runtime and TensorRT take there, PyTorch does not know."""
+    if device.type != "cuda":
+        return 0
+    free, total = torch.cuda.mem_get_info(device)
+    return total - free
+
+
+# === Decoding: the table ====================================================================================
+def export_for(args, source, folder):
+    """Exports the model for the modes onnx and trt, once per precision: {precision: folder}."""
+    folders = {}
+    for mode, precision in args.mode:
+        if mode in TORCH_MODES:
+            continue
+        folders[precision] = Path(folder, precision).resolve()
+        manifest = export.current_export(*source, folders[precision], precision, max(args.batch))
+        if mode == "trt":
+            engines = backends.engine_folder(folders[precision])
+            export.build_engines(folders[precision], manifest, engines, args.level)
+    return folders
+
+
+def decode_rows(workers, args, batch, t_draft, rates, device, bar):
+    """(mode's name, seconds, ratio, peak bytes, shares, seconds of the first decode) for each mode; `rates` gets more
+    measurements of the machine."""
+    answers = {name: [] for name in workers}
+    for trial in range(1 + args.repeat):                      # the first is the warm-up
         for precision, measured in rates.items():
             measured.append(matrix_rate(device, PRECISIONS[precision], 0.3))
-        for mode in modes:
-            bar.set_description(f"batch {batch}, T_draft {c.t_draft}, {mode}")
-            taken[mode].append(timed(prepared[mode][0], device))
+        for name, connection in workers.items():
+            bar.set_description(f"batch {batch}, T_draft {t_draft}, {name}")
+            answers[name].append(ask(connection, name, batch, t_draft, False))
             bar.update()
-    for mode, (decode, values) in prepared.items():
-        seconds, memory = zip(*taken[mode])
-        ratio = statistics.median(a / b for (a, _), (b, _) in zip(taken[modes[0]][1:], taken[mode][1:]))
-        parts = None
-        if mode in ("eager", "raster"):
-            watched = Stopwatch(model, device)
-            total, _ = timed(lambda: decode(watched), device)
-            parts = [s / total for s in watched.seconds.values()]
-        flops = decode_flops(model.transformer, values) + decoder_flops(model.vae)
-        yield mode, batch, values.t_draft, statistics.median(seconds[1:]), ratio, flops, max(memory), parts, seconds[0]
+    first_mode = [seconds for seconds, _, _ in next(iter(answers.values()))]
+    for name, connection in workers.items():
+        seconds, memory, _ = zip(*answers[name])
+        ratio = statistics.median(a / b for a, b in zip(first_mode[1:], seconds[1:]))
+        shares = None
+        if name.partition(":")[0] in ("eager", "raster", "onnx", "trt"):
+            shares = ask(connection, name, batch, t_draft, True)[2]
+        yield name, statistics.median(seconds[1:]), ratio, max(memory), shares, seconds[0]
 
 
-def decode_table(args, name, checkpoint, device, dtype):
-    vae, transformer, info = checkpoint
-    c = sampling_values(info.sample, args.overrides, transformer.positions)
+def decode_table(args, device):
+    vae, transformer, info = source = load_source(args)
+    c = mode_values("eager", info, args.overrides, transformer.positions)
     if min(*args.batch, *args.t_draft) < 1 or max(args.t_draft) > transformer.positions:
         raise UserError(f"--batch and --t-draft start at 1, and --t-draft ends at {transformer.positions}.")
-    precision = next(k for k, v in PRECISIONS.items() if v == dtype)
-    model = fast.torch_model(vae, transformer, device, dtype)
+    for mode, _ in args.mode:
+        mode_values(mode, info, args.overrides, transformer.positions)            # refuses before the work
     rates, rows = {"fp32": [], "bf16": []}, []
     total = len(args.batch) * len(args.t_draft) * len(args.mode) * (1 + args.repeat)
-    with tqdm(total=total, unit="decode") as bar:
-        for batch, c.t_draft in itertools.product(args.batch, args.t_draft):
-            rows += decode_rows(model, batch, c, args.mode, rates, device, args.repeat, bar)
-    rates = {p: statistics.median(measured) for p, measured in rates.items()}
-    print(f"{name}, {precision}, guidance {c.draft_guidance} / {c.revise_guidance}, {c.rounds} revisions of {c.t_revise} updates; "
-          f"{describe(device)}; " + ", ".join(f"{p} products {rate / 1e9:,.0f} GFLOP/s" for p, rate in rates.items()))
-    print(f"| mode | batch | T_draft | s per image | images/s | as fast as {args.mode[0]} | GFLOP per image | GFLOP/s | of fp32 / bf16 products "
-          "| peak MiB | spatial, depth, sampling, decoder | first decode, s |\n" + "|---" * 12 + "|")
-    for mode, batch, t_draft, seconds, ratio, flops, memory, parts, first in rows:
+    with tempfile.TemporaryDirectory() as temporary, tqdm(total=total, unit="decode") as bar:
+        folders = export_for(args, source, args.exported or temporary)
+        workers = {}
+        for mode, precision in args.mode:
+            exported = folders.get(precision)
+            workers[f"{mode}:{precision}"] = start(decode_worker, args, mode, precision, device, exported)
+        for batch, t_draft in itertools.product(args.batch, args.t_draft):
+            for row in decode_rows(workers, args, batch, t_draft, rates, device, bar):
+                rows.append((batch, t_draft, *row))
+    rates = {precision: statistics.median(measured) for precision, measured in rates.items()}
+    name = f"{args.preset}, random weights" if args.preset else Path(args.checkpoint or BUNDLED).name
+    products = ", ".join(f"{precision} products {rate / 1e9:,.0f} GFLOP/s" for precision, rate in rates.items())
+    print(f"{name}, guidance {c.draft_guidance} / {c.revise_guidance}, {c.rounds} revisions of {c.t_revise} updates; "
+          f"{describe(device)}; {products}")
+    columns = ["mode", "precision", "batch", "T_draft", "s per image", "images/s", f"as fast as {args.mode[0][0]}",
+               "GFLOP per image", "GFLOP/s", "of fp32 / bf16 products", "peak MiB",
+               "spatial, depth, sampling, decoder", "first decode, s"]
+    print_row(columns)
+    print_row(["---"] * len(columns))
+    for batch, t_draft, name, seconds, ratio, memory, shares, first in rows:
+        mode, precision = name.split(":")
+        c = mode_values(mode, info, args.overrides, transformer.positions, t_draft)
+        flops = decode_flops(transformer, c) + decoder_flops(vae)
         reached, split = flops * batch / seconds, "-"
-        if parts:
-            spatial, depth, decoder = parts
-            split = ", ".join(f"{share:.0%}" for share in (spatial, depth, 1 - sum(parts), decoder))
-        print(f"| {mode} | {batch} | {t_draft} | {seconds / batch:.4f} | {batch / seconds:.2f} | {ratio:.2f} | {flops / 1e9:.2f} | "
-              f"{reached / 1e9:,.0f} | {reached / rates['fp32']:.0%} / {reached / rates['bf16']:.0%} | {memory:,.0f} | {split} | {first:.2f} |")
+        if shares:
+            spatial, depth, decoder = shares
+            split = ", ".join(f"{share:.0%}" for share in (spatial, depth, 1 - sum(shares), decoder))
+        print_row([mode, precision, batch, c.t_draft, f"{seconds / batch:.4f}", f"{batch / seconds:.2f}", f"{ratio:.2f}",
+                   f"{flops / 1e9:.2f}", f"{reached / 1e9:,.0f}", f"{reached / rates['fp32']:.0%} / "
+                   f"{reached / rates['bf16']:.0%}", f"{memory / 2 ** 20:,.0f}", split, f"{first:.2f}"])
 
 
-# === Training =======================================================================================================
-def train_row(stage, config, device, dtype, repeat, progress):
-    """(micro-batch, median seconds of a step of it, FLOP of it, MiB): forward, backward and AdamW on random images or codes."""
-    c = getattr(config, stage)
-    batch = estimate.micro_batch(stage, c, 1)
-    parts = estimate.build(stage, config)
-    for module in (parts.trained, parts.frozen):
-        if module:
-            module.to(device)
-    optimizer = torch.optim.AdamW(parts.trained.parameters(), lr=1e-4, fused=True)
-    reset_peak(device)
-    times = []
-    for step in range(1 + repeat):
-        start = time.perf_counter()
-        estimate.forward_backward(stage, config, parts, batch, device, dtype)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=False)
-        synchronize(device)
-        times.append(time.perf_counter() - start)
-        progress.update()
-    counter = FlopCounterMode(display=False)
-    estimate.dry_run(stage, config, batch, counter)
-    return batch, statistics.median(times[1:]), counter.get_total_flops(), peak_memory(device)
+def print_row(cells):
+    print(f"| {' | '.join(map(str, cells))} |")
+
+
+def describe(device):
+    name = f"{device.type}, {torch.get_num_threads()} threads"
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name()
+    return f"{name}, torch {torch.__version__}"
+
+
+# === Training: the trainers themselves, on random pictures ==================================================
+def train_worker(connection, args, device):
+    """Answers (stage, arguments of its trainer) by the peak memory of that training in bytes."""
+    torch.set_num_threads(args.threads)
+    while True:
+        stage, arguments = connection.recv()
+        sys.argv = [f"train_{stage}.py", *arguments]
+        reset_peak(device)
+        with contextlib.redirect_stdout(sys.stderr):          # standard output is for the table
+            {"vae": train_vae, "transformer": train_transformer}[stage].main()
+        connection.send(peak_memory(device))
 
 
 def train_table(args, device, dtype):
-    config = load_config(args.train, args.overrides, ("vae", "transformer"))
-    precision = next(k for k, v in PRECISIONS.items() if v == dtype)
-    rate = matrix_rate(device, dtype)
-    with tqdm(total=2 * (1 + args.repeat), unit="step") as bar:
-        rows = [(stage, *train_row(stage, config, device, dtype, args.repeat, bar)) for stage in ("vae", "transformer")]
-    print(f"{args.train}, eager; {describe(device)}; {precision} products {rate / 1e9:,.0f} GFLOP/s")
-    print("| stage | precision | images at a time | s per step | images/s | GFLOP per image | share of the products | peak MiB |\n"
-          + "|---" * 8 + "|")
-    for stage, batch, seconds, flops, memory in rows:
-        print(f"| {stage} | {precision} | {batch} | {seconds:.3f} | {batch / seconds:.1f} | {flops / batch / 1e9:.1f} | "
-              f"{flops / seconds / rate:.0%} | {memory:,.0f} |")
+    config = load_config(args.train, args.overrides, ("data", "vae", "transformer"))
+    print(f"{args.train}; {describe(device)}")
+    columns = ["stage", "precision", "images per step", "s per step", "images/s", "share of the products", "peak MiB"]
+    print_row(columns)
+    print_row(["---"] * len(columns))
+    with tempfile.TemporaryDirectory() as folder:
+        pictures = max(config.vae.batch_size, config.transformer.batch_size)
+        write_noise(Path(folder, "data", "train"), config.vae.resolution, pictures)
+        for stage in ("vae", "transformer"):
+            settings = {"steps": 1 + args.repeat, "log_every": 1, "picture_every": 10 ** 9, "save_every": 10 ** 9}
+            if stage == "vae":                                # as a step is once everything has begun
+                settings.update(disc_start=0, disc_ramp=0, quantize_start=0)
+            overrides = [text for text in args.overrides if text.startswith((f"{stage}.", "data."))]
+            overrides += [f"{stage}.{key}={value}" for key, value in settings.items()]
+            arguments = [args.train, "--data", f"{folder}/data", "--out", f"{folder}/out", "--device", device.type,
+                         "--precision", precision_name(dtype), "data.views=1", "data.class_views=1", *overrides]
+            worker = start(train_worker, args, device)
+            memory = ask(worker, f"the stage {stage}", stage, arguments)
+            with open(Path(folder, "out", f"{stage}.csv")) as f:
+                steps = list(csv.DictReader(f))[1:]           # the first step is the warm-up
+            rate = statistics.median(float(step["images_per_s"]) for step in steps)
+            share = statistics.median(float(step["mfu"]) for step in steps)
+            batch = getattr(config, stage).batch_size
+            print_row([stage, precision_name(dtype), batch, f"{batch / rate:.3f}", f"{rate:.1f}", f"{share:.0%}",
+                       f"{memory / 2 ** 20:,.0f}"])
 
 
+def write_noise(folder, size, count):
+    """Random pictures of two classes."""
+    rng = np.random.default_rng(0)
+    for i in range(count):
+        path = folder / f"class{i % 2}" / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(256, size=(size, size, 3), dtype=np.uint8)).save(path)
+
+
+# === Command line ===========================================================================================
 def whole_numbers(text):
     return [int(v) for v in text.split(",")]
 
 
-def describe(device):
-    named = torch.cuda.get_device_name() if device.type == "cuda" else f"{device.type}, {torch.get_num_threads()} threads"
-    return f"{named}, torch {torch.__version__}"
+def read_modes(text, device, dtype):
+    """"eager,onnx:fp16" -> [(mode, precision)]."""
+    if not text:
+        text = "eager,graphs,compiled+graphs" if device.type == "cuda" else "eager,compiled"
+    modes = []
+    for name in text.split(","):
+        mode, _, precision = name.partition(":")
+        if not precision:
+            precision = precision_name(dtype)
+            if mode == "onnx" and device.type == "cpu":       # where ONNX Runtime has no bf16
+                precision = "fp32"
+        if mode not in MODES or precision not in PRECISIONS or "graphs" in mode and device.type != "cuda":
+            there = [known for known in MODES if device.type == "cuda" or known not in ("graphs", "compiled+graphs", "trt")]
+            raise UserError(f"--mode {name} does not exist on {device.type}; expected some of {', '.join(there)}, each "
+                            f"alone or with a precision ({', '.join(PRECISIONS)}) as in eager:fp32.")
+        modes.append((mode, precision))
+    return modes
 
 
 def main():
@@ -246,32 +334,30 @@ def main():
     add("--t-draft", type=whole_numbers, help="draft lengths (8,64)")
     add("--mode", help=f"some of {','.join(MODES)} (eager,compiled; on a GPU eager,graphs,compiled+graphs)")
     add("--repeat", type=int, default=3, help="decodes or steps per row after the first; the median counts (3)")
+    add("--exported", metavar="DIR", help="keeps what onnx and trt need, and uses it again (a temporary folder)")
+    add("--level", type=int, default=3, choices=range(6), help="TensorRT's optimization level (3)")
     add("overrides", nargs="*", metavar="key=value", help="sampling values; with --train section.key=value")
-    add_device_arguments(parser, fp8=True)
+    add_device_arguments(parser)
     args = parser.parse_intermixed_args()
-    idle = [f"--{name.replace('_', '-')}" for name in ("batch", "t_draft", "mode") if args.train and getattr(args, name)]
-    idle += [text for text in args.overrides if text.startswith(("t_draft=", "batch_size=")) and not args.train]
+    idle = []
+    if args.train:
+        given = {"--batch": args.batch, "--t-draft": args.t_draft, "--mode": args.mode, "--exported": args.exported}
+        idle = [(flag, "leave it out with --train") for flag, value in given.items() if value]
+    else:
+        idle = [(text, "use --t-draft and --batch") for text in args.overrides
+                if text.startswith(("t_draft=", "batch_size="))]
     if idle:
-        instead = "leave it out with --train" if args.train else "use --t-draft and --batch"
-        raise UserError(f"{idle[0]} does not apply here; {instead}.")
+        raise UserError(f"{idle[0][0]} does not apply here; {idle[0][1]}.")
     if args.repeat < 1:
         raise UserError(f"--repeat is {args.repeat}; expected a number from 1.")
-    args.batch, args.t_draft = args.batch or [1, 16], args.t_draft or [8, 64]
-    device, dtype = pick_device(args)
-    args.mode = (args.mode or ("eager,graphs,compiled+graphs" if device.type == "cuda" else "eager,compiled")).split(",")
-    for mode in args.mode:
-        if mode not in MODES or "graphs" in mode and device.type != "cuda":
-            raise UserError(f"--mode {mode} does not exist on {device.type}; expected some of "
-                            f"{', '.join(m for m in MODES if device.type == 'cuda' or 'graphs' not in m)}.")
-    if args.checkpoint and args.preset or args.train and (args.checkpoint or args.preset):
+    if sum(map(bool, (args.checkpoint, args.preset, args.train))) > 1:
         raise UserError("--checkpoint, --preset and --train exclude each other; give one of them.")
+    device, dtype = pick_device(args)
+    args.batch, args.t_draft = args.batch or [1, 16], args.t_draft or [8, 64]
+    args.mode, args.threads = read_modes(args.mode, device, dtype), torch.get_num_threads()
     if args.train:
-        if dtype == torch.float8_e4m3fn:
-            raise UserError("Training knows no fp8; use --precision bf16 or fp32 with --train.")
         return train_table(args, device, dtype)
-    checkpoint = random_checkpoint(args.preset) if args.preset else drr.load_checkpoint(args.checkpoint or BUNDLED)
-    name = f"{args.preset}, random weights" if args.preset else Path(args.checkpoint or BUNDLED).name
-    decode_table(args, name, checkpoint, device, dtype)
+    decode_table(args, device)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the programs that measure share: peak memory, a model with random weights, and the arithmetic of a decode."""
+"""What the programs that measure share: peak memory, models with random weights, arithmetic of a decode."""
 import math
 import re
 import sys
@@ -16,7 +16,7 @@ from tools import strategies
 
 # === Memory =================================================================================================
 def reset_peak(device):
-    """Starts a new peak for `peak_memory`: on a GPU, and on Linux; elsewhere a process has one peak in its life."""
+    """Starts a new peak for `peak_memory` on a GPU and on Linux; elsewhere a process has but one peak."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     elif Path("/proc/self/clear_refs").exists():
@@ -24,11 +24,12 @@ def reset_peak(device):
 
 
 def peak_memory(device):
-    """The most bytes held since `reset_peak`: on a GPU by PyTorch, with what captured graphs keep for themselves;
+    """The most bytes held since `reset_peak`: on a GPU by PyTorch, including what captured graphs keep;
     elsewhere by this process in RAM. Raises UserError on Windows, which does not say."""
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device)
-    status = Path("/proc/self/status")                 # Linux, whose getrusage includes the parent process's memory
+    # Linux, whose getrusage includes the memory of the parent process.
+    status = Path("/proc/self/status")
     found = re.search(r"VmHWM:\s*(\d+)", status.read_text()) if status.exists() else None
     if found:
         return int(found[1]) * 1024
@@ -65,8 +66,8 @@ CPU_ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: cou
 
 
 def decode_flops(transformer, c):
-    """Floating-point operations of the transformer for one image (a multiply-add counts as 2): matrix products only,
-    as in torch's own counter, and only those that the algorithm needs.
+    """Floating-point operations of the transformer for one image (a multiply-add counts as 2): matrix products
+    only, as in torch's own counter, and only those that the algorithm needs.
 
     c   sampling values: the section `sample`, with or without the keys of tools/strategies.py
     """
@@ -80,7 +81,7 @@ def decode_flops(transformer, c):
         return tokens * (24 * d * d + 4 * keys * d)    # 12 d^2 weights; q k^T, and the sum of v
 
     def spatial(n):
-        """All blocks of one pass; the last one computes keys and values of all tokens, and the rest of n of them."""
+        """One pass through all blocks; of the last one, all but keys and values is computed for n tokens."""
         last = T * 4 * d * d + n * (20 * d * d + 4 * T * d)
         return 2 * N * n_z * d + (len(transformer.spatial) - 1) * block(T, T) + last
 
@@ -92,28 +93,29 @@ def decode_flops(transformer, c):
 
     def update(drawn, guidance, passes=1):
         """An update that draws n stacks: guidance needs all of it under the null condition as well."""
-        guided = guidance != 1 and transformer.null > 0            # without conditions there is nothing to guide
-        return (1 + guided) * (spatial(drawn) + passes * drawn * stack)
+        return (1 + (guidance != 1)) * (spatial(drawn) + passes * drawn * stack)
 
     total, left = 0, N
-    for t, n in enumerate(set_sizes(N, c.t_draft, c.draft_growing)):
+    positions = torch.arange(N)[None]                  # (1, N)
+    if c.draft_growing:
+        sets = strategies.growing_partition(positions, c.t_draft)
+    else:
+        sets = drr.partition(positions, c.t_draft)
+    for t, n in enumerate(s.shape[1] for s in sets):
         guidance = 1 if c.draft_ramp and t == 0 else c.draft_guidance
         drawn = n if c.draft_pool == 1 else left       # a pool: all hidden stacks are drawn, n of them stay
         total += update(drawn, guidance)
         left -= n
-    for n in set_sizes(math.ceil(c.revise_share * N), c.t_revise):
-        total += c.rounds * update(n, c.revise_guidance, 1 + c.revise_better)       # better: the old stack is scored too
+    for s in drr.partition(positions[:, :math.ceil(c.revise_share * N)], c.t_revise):
+        # A revision that keeps the better of two stacks scores the old one, too.
+        total += c.rounds * update(s.shape[1], c.revise_guidance, passes=1 + c.revise_better)
     return total
-
-
-def set_sizes(n, T, growing=False):
-    """The sizes of the sets into which n positions are partitioned."""
-    return [s.shape[1] for s in drr.partition(torch.zeros(1, n), T, growing)]
 
 
 def decoder_flops(vae):
     """Floating-point operations of the RQ-VAE's decoder for one image, counted by torch."""
-    codes = torch.zeros(1, vae.side ** 2, vae.quantizer.depth, dtype=torch.int64, device=vae.quantizer.codebook.device)
+    device = vae.quantizer.codebook.device
+    codes = torch.zeros(1, vae.side ** 2, vae.quantizer.depth, dtype=torch.int64, device=device)
     with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter, torch.no_grad():
         vae.decode(codes)
     return counter.get_total_flops()
