@@ -4,7 +4,18 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from drr import RQVAE, UserError, fill
+from drr import RQVAE, UserError, fill, save_vae
+from support.runs import refuse_replacing
+
+
+def convert(args, config, path):
+    """train_vae.py --official: writes the published weights in that file to `path`, a vae.safetensors."""
+    if args.init or args.resume or args.data or args.decoder_only:
+        raise UserError("--official converts weights and trains nothing; leave --init, --resume, --data and "
+                        "--decoder-only out.")
+    refuse_replacing(path, args.force)
+    save_vae(path, load_official_rqvae(args.official, config.vae), config)
+    print(f"wrote {path}")
 
 
 def load_official_rqvae(path, c):
@@ -14,8 +25,10 @@ def load_official_rqvae(path, c):
     .pt file (weights_only). Raises UserError for a file that is not such a release, or not of these sizes.
     """
     try:
-        state = load_file(path) if Path(path).suffix == ".safetensors" else torch.load(
-            path, map_location="cpu", weights_only=True)
+        if Path(path).suffix == ".safetensors":
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"The file {path} does not exist.") from None
     except Exception as error:                  # truncated, no torch file, or a pickle with code in it: none is run
