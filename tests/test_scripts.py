@@ -207,7 +207,7 @@ def test_a_mask_picture_means_the_same_as_the_region_it_shows(draw, tmp_path, ph
     assert a == b != c
 
 
-# A picture of 8 x 6 pixels, of whose rows the central square sees columns 1 to 6.
+# A picture of 8 x 6 pixels, whose central square begins at column 1.
 @pytest.mark.parametrize("size, box, expected", [
     (3, (1, 0, 2, 1), ["#..", "...", "..."]),                # smaller than the square: 2 x 2 pixels become one
     (3, (2, 1, 4, 2), ["##.", "...", "..."]),                # columns 1 and 2 of the square lie in two of them
