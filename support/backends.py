@@ -1,13 +1,12 @@
-"""Exported graphs in the place of the PyTorch networks: ONNX Runtime and TensorRT behind the loop of drr.py.
+"""An exported model in the place of the PyTorch networks: ONNX Runtime and TensorRT behind drr.py's loop.
 
     model, info = backends.load("onnx", "exported", torch.device("cpu"))
-    backends.leave_cores_free(torch.device("cpu"))
-    *_, last = drr.draft_and_revise(model, cond, noise, info.sample)
-    images = model.decode(last.codes)
+    codes = drr.sample(model, cond, seed, range(16), info.sample)
+    images = model.decode(codes)
 
-`export.py` writes what is loaded here: four ONNX graphs and manifest.json, which says what they are and what their bytes
-must be. All tensors, in and out, are torch tensors on one device; nothing is copied through the host. onnxruntime and
-tensorrt are imported only by the backend that needs them.
+`export.py` writes what is loaded here: four parts of the model as ONNX files, and manifest.json, which says
+what each part takes and returns and what its bytes must be. Inputs and outputs are torch tensors on one
+device; nothing is copied through the host. A backend imports its runtime (onnxruntime, tensorrt) itself.
 """
 import hashlib
 import json
@@ -20,12 +19,13 @@ import torch.nn.functional as F
 
 from drr import UserError
 
-GRAPHS = ("spatial", "depth", "decoder", "encoder")
-MANIFEST_VERSION = 2
-ONNX_TYPES = {"float32": 1, "int64": 7, "bool": 9, "float16": 10, "bfloat16": 16}      # onnx.TensorProto's numbers
+PARTS = ("spatial", "depth", "decoder", "encoder")
+MANIFEST_VERSION = 3
+# onnx.TensorProto's numbers
+ONNX_TYPES = {"float32": 1, "int64": 7, "bool": 9, "float16": 10, "bfloat16": 16}
 
 
-# === The manifest: DIR -> what the graphs are, every byte checked ===================================================
+# === The manifest: DIR -> what the parts are, every byte checked ============================================
 def sha256(path):
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
@@ -38,81 +38,85 @@ def digest(manifest):
 
 
 def read_manifest(directory):
-    """manifest.json of an exported folder, as a dictionary, once it and every file have the hash that was recorded. Raises
-    UserError for a folder that is missing, incomplete, damaged or of another version."""
+    """manifest.json of an exported folder, as a dictionary, if it and its files have the recorded hashes.
+    Raises UserError for a folder that is missing, incomplete, damaged or of another version."""
     path = Path(directory) / "manifest.json"
     if not path.exists():
-        raise UserError(f"{directory} holds no exported model (no manifest.json); run python export.py --out {directory}.")
+        raise UserError(f"{directory} holds no exported model (no manifest.json); "
+                        f"run python export.py --out {directory}.")
     again = f"export it again with python export.py --out {directory}"
     try:
         manifest = json.loads(path.read_text())
-    except ValueError:
-        manifest = None
-    if not isinstance(manifest, dict):
-        raise UserError(f"{path} is damaged; {again}.")
-    if manifest.get("version") != MANIFEST_VERSION:
-        raise UserError(f"{path} is of version {manifest.get('version')}, this program reads {MANIFEST_VERSION}; {again}.")
+        version = manifest.get("version")
+    except (ValueError, AttributeError):                     # no JSON, or no dictionary
+        raise UserError(f"{path} is damaged; {again}.") from None
+    if version != MANIFEST_VERSION:
+        raise UserError(f"{path} is of version {version}, this program reads {MANIFEST_VERSION}; {again}.")
     if manifest.get("digest") != digest(manifest):
         raise UserError(f"{path} was changed after the export; {again}.")
-    for graph in manifest["graphs"].values():
-        for name, expected in graph["sha256"].items():
+    for part in manifest["parts"].values():
+        for name, expected in part["sha256"].items():
             file = Path(directory) / name
             if not file.is_file():
                 raise UserError(f"{file} is missing; {again}.")
             if sha256(file) != expected:
-                raise UserError(f"{file} is not the file that was exported: its SHA-256 differs from manifest.json's; "
-                                f"{again}.")
+                raise UserError(f"{file} is not the file that was exported, by its SHA-256; {again}.")
     return manifest
 
 
 def load(backend, directory, device, engines=None):
     """The exported model of a folder, and what `drr.load_checkpoint` calls info.
 
-    backend "onnx" (ONNX Runtime; device cpu or cuda) or "trt" (TensorRT, device cuda; engines: the folder of its
-    engines, `engine_folder(directory)`). Raises UserError for what `read_manifest` refuses, and for a runtime, a
-    provider or an engine that is not there.
+    backend   "onnx" (ONNX Runtime; device cpu or cuda) or "trt" (TensorRT; device cuda)
+    engines   the folder of the TensorRT engines; None is `engine_folder(directory)`
+    Raises UserError for what `read_manifest` refuses, and where a runtime, provider or engine is missing.
     """
+    # The one race that is left: an export that replaces this one removes files that are being read here. It
+    # ends in a UserError about a file that is missing or cannot be loaded; the next call works.
     manifest = read_manifest(directory)
     if backend == "onnx":
-        graphs = {name: OrtGraph(Path(directory), manifest, name, device) for name in GRAPHS}
+        parts = {name: OnnxSession(directory, manifest["parts"][name], device) for name in PARTS}
     else:
         trt = import_tensorrt()
         if device.type != "cuda":
             raise UserError("TensorRT runs on a GPU only; leave --device out or give --device cuda.")
         folder = Path(engines or engine_folder(directory))
-        graphs = {name: TrtGraph(trt, read_plan(trt, folder, manifest, name), manifest, name, device) for name in GRAPHS}
-    info = SimpleNamespace(classes=manifest["classes"], titles=manifest["titles"],
-                           **{k: SimpleNamespace(**manifest[k]) for k in ("vae", "transformer", "sample")})
-    return ExportedModel(graphs, manifest, device), info
+        parts = {}
+        for name in PARTS:
+            plan = read_plan(trt, folder, manifest, name)
+            parts[name] = TensorRTEngine(trt, plan, name, manifest["parts"][name], device)
+    sections = {name: SimpleNamespace(**manifest[name]) for name in ("vae", "transformer", "sample")}
+    info = SimpleNamespace(classes=manifest["classes"], titles=manifest["titles"], **sections)
+    return ExportedModel(parts, manifest, device), info
 
 
 def leave_cores_free(device):
-    """Beside ONNX Runtime on a CPU: torch's threads wait for work by spinning, on the cores that the sessions' threads need. What
-    torch has to do between them is small: one thread from here on. After `load`, which gives the sessions as many as torch has."""
+    """Leaves torch one thread beside ONNX Runtime on a CPU: torch's spin while they wait, on cores that the
+    sessions need. Call it after `load`, which gives the sessions as many threads as torch has."""
     if device.type == "cpu":
         torch.set_num_threads(1)
 
 
-# === The model: what TorchModel does, by graphs =====================================================================
+# === The model: what TorchModel does, by the exported parts =================================================
 class ExportedModel:
-    """Has what drr.TorchModel's docstring lists. `graphs` maps each name in GRAPHS to a callable from torch tensors
-    to a list of torch tensors."""
+    """Has what drr.TorchModel's docstring lists. parts: {name: callable from tensors to a list of
+    tensors}."""
 
-    def __init__(self, graphs, manifest, device):
-        self.graphs, self.device, self.precision = graphs, device, manifest["precision"]
-        for name, value in manifest["model"].items():     # size, side, positions, depth, null, ... as TorchModel has them
+    def __init__(self, parts, manifest, device):
+        self.parts, self.device, self.precision = parts, device, manifest["precision"]
+        for name, value in manifest["model"].items():        # size, side, positions, depth, null, ...
             setattr(self, name, value)
         self.max_batch, self.checkpoint = manifest["max_batch"], manifest["checkpoint"]
         self.steps = [torch.tensor([d], device=device) for d in range(self.depth)]
 
     def padded(self, name, *tensors):
-        """Tensors (rows, ...), filled up with rows of zeros to the next power of two, so that few different shapes occur:
-        TensorRT has a CUDA graph for each. No row of a graph looks at another: what is filled in changes nothing but rounding."""
-        rows, most = len(tensors[0]), self.graphs[name].graph["most"]["rows"]
-        if rows > most:
-            raise UserError(f"The exported {name} graph takes at most {most} rows at a time and got {rows}; sample at most "
-                            f"{self.max_batch} pictures at once, or export with a larger --max-batch.")
-        size = bucket(rows, most)
+        """Tensors (rows, ...), filled up with zeros to a power of two, so that few shapes occur: TensorRT has
+        a CUDA graph for each. No row looks at another: this changes nothing but rounding."""
+        rows, largest = len(tensors[0]), self.parts[name].part["max_sizes"]["rows"]
+        if rows > largest:
+            raise UserError(f"The exported {name} part takes at most {largest} rows and got {rows}; sample "
+                            f"{self.max_batch} pictures at a time, or export with a larger --max-batch.")
+        size = bucket(rows, largest)
         return [t if size == rows else F.pad(t, (0, 0) * (t.dim() - 1) + (0, size - rows)) for t in tensors]
 
     @torch.inference_mode()
@@ -121,7 +125,7 @@ class ExportedModel:
             positions = torch.arange(self.positions, device=codes.device).expand(len(codes), -1)
         B, n = positions.shape
         positions = F.pad(positions, (0, bucket(n, self.positions) - n))
-        return self.graphs["spatial"](*self.padded("spatial", codes, mask, cond, positions))[0][:B, :n]
+        return self.parts["spatial"](*self.padded("spatial", codes, mask, cond, positions))[0][:B, :n]
 
     @torch.inference_mode()
     def depth_step(self, h, stacks, d, cache):
@@ -129,135 +133,141 @@ class ExportedModel:
         h, stacks = self.padded("depth", h, stacks)
         if d == 0:
             cache = h.new_zeros(self.n_depth, 2, len(h), self.heads, self.depth, self.head_dim)
-        logits, cache[..., d, :] = self.graphs["depth"](h, stacks, self.steps[d], cache)
+        logits, cache[..., d, :] = self.parts["depth"](h, stacks, self.steps[d], cache)
         return logits[:P], cache
 
     @torch.inference_mode()
     def decode(self, codes):
-        return self.graphs["decoder"](*self.padded("decoder", codes))[0][:len(codes)].clone()
+        return self.parts["decoder"](*self.padded("decoder", codes))[0][:len(codes)].clone()
 
     @torch.inference_mode()
     def encode(self, images):
-        return self.graphs["encoder"](*self.padded("encoder", images))[0][:len(images)].clone()
+        return self.parts["encoder"](*self.padded("encoder", images))[0][:len(images)].clone()
 
 
-def bucket(n, most):
-    """The next power of two, and at most `most`."""
-    return min(2 ** math.ceil(math.log2(n)), most)
+def bucket(n, largest):
+    """The next power of two, and at most `largest`."""
+    return min(2 ** math.ceil(math.log2(n)), largest)
 
 
-def check_inputs(inputs, entries):
-    """The feeding side's mistakes are ours, not the user's."""
-    for x, (name, _, dtype) in zip(inputs, entries, strict=True):
-        assert x.dtype == getattr(torch, dtype), f"{name} is {x.dtype}, the graph expects {dtype}"
+def check_inputs(inputs, part):
+    """A wrong type is a mistake of ours, not of the user."""
+    for x, (name, _, dtype) in zip(inputs, part["inputs"], strict=True):
+        assert x.dtype == getattr(torch, dtype), f"{name} is {x.dtype}, the exported part expects {dtype}"
 
 
-def empty_outputs(inputs, graph):
-    """Tensors for what a graph returns, on the device of the inputs, their dynamic dimensions as large as the inputs'."""
-    sizes = {n: size for x, (_, shape, _) in zip(inputs, graph["inputs"]) for n, size in zip(shape, x.shape)}
-    return [torch.empty([sizes[n] if isinstance(n, str) else n for n in shape], dtype=getattr(torch, dtype),
-                        device=inputs[0].device) for _, shape, dtype in graph["outputs"]]
+def empty_outputs(inputs, part):
+    """Tensors for what a part returns, on the inputs' device and with their dynamic sizes."""
+    sizes = {}
+    for x, (_, shape, _) in zip(inputs, part["inputs"]):
+        sizes.update(zip(shape, x.shape))                    # "rows": 16, and of a fixed dimension 64: 64
+    device = inputs[0].device
+    return [torch.empty([sizes.get(n, n) for n in shape], dtype=getattr(torch, dtype), device=device)
+            for _, shape, dtype in part["outputs"]]
 
 
-# === ONNX Runtime ===================================================================================================
-class OrtGraph:
-    """One graph in an ONNX Runtime session. It reads and writes torch's own memory (IO binding)."""
+# === ONNX Runtime ===========================================================================================
+class OnnxSession:
+    """One part in an ONNX Runtime session. It reads and writes torch's own memory (IO binding)."""
 
-    def __init__(self, directory, manifest, name, device):
+    def __init__(self, directory, part, device):
         try:
             import onnxruntime as ort
         except ImportError as error:
-            raise UserError(f"--backend onnx needs onnxruntime ({error}); pip install -r requirements-export.txt.") from None
-        self.graph, self.device = manifest["graphs"][name], device
-        types = {dtype for _, _, dtype in self.graph["inputs"] + self.graph["outputs"]}
+            raise UserError(f"--backend onnx needs onnxruntime ({error}); "
+                            "pip install -r requirements-export.txt.") from None
+        self.part, self.device = part, device
+        types = {dtype for _, _, dtype in part["inputs"] + part["outputs"]}
         if device.type == "cpu" and "bfloat16" in types:
-            raise UserError("ONNX Runtime's CPU provider has no bf16; use --device cuda, or export with --precision fp32.")
+            raise UserError("ONNX Runtime's CPU provider has no bf16; use --device cuda, or export with "
+                            "--precision fp32.")
         options = ort.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         options.log_severity_level = 3
         # Four sessions and torch share the cores: threads may spin within a run, and not between runs.
         options.add_session_config_entry("session.force_spinning_stop", "1")
-        wanted, providers = "CPUExecutionProvider", ["CPUExecutionProvider"]
+        provider, settings = "CPUExecutionProvider", {}
         if device.type == "cuda":
-            wanted = "CUDAExecutionProvider"
-            # A stream of our own: the number of torch's default stream is 0, which means "none given" to ONNX Runtime.
+            # A stream of our own: torch's default one has the number 0, which means "none" to ONNX Runtime.
             self.stream = torch.cuda.Stream(device)
-            providers = [(wanted, {"device_id": device.index or 0, "user_compute_stream": str(self.stream.cuda_stream),
-                                   "use_tf32": "0"})]
+            provider = "CUDAExecutionProvider"
+            stream = str(self.stream.cuda_stream)
+            settings = {"device_id": device.index or 0, "use_tf32": "0", "user_compute_stream": stream}
+        file = Path(directory) / part["file"]
         try:
-            self.session = ort.InferenceSession(directory / self.graph["file"], options, providers=providers)
-        except Exception as error:                               # onnxruntime's own exceptions share no base class
-            raise UserError(f"ONNX Runtime cannot load {directory / self.graph['file']}: {error}") from None
-        if self.session.get_providers()[0] != wanted:            # it falls back to the CPU with no more than a log line
-            raise UserError("ONNX Runtime has no working CUDA provider here "
-                            f"({', '.join(ort.get_available_providers())}); install onnxruntime-gpu and its CUDA libraries, "
-                            "or use --device cpu.")
+            self.session = ort.InferenceSession(file, options, providers=[(provider, settings)])
+        except Exception as error:                           # onnxruntime's exceptions share no base class
+            raise UserError(f"ONNX Runtime cannot load {file}: {error}") from None
+        if self.session.get_providers()[0] != provider:      # it fell back to the CPU, with a line in its log
+            raise UserError("ONNX Runtime has no working CUDA provider here; install onnxruntime-gpu and its "
+                            "CUDA libraries, or use --device cpu.")
 
     def __call__(self, *inputs):
-        check_inputs(inputs, self.graph["inputs"])
+        check_inputs(inputs, self.part)
         inputs = [x.contiguous() for x in inputs]
-        outputs = empty_outputs(inputs, self.graph)
+        outputs = empty_outputs(inputs, self.part)
         binding = self.session.io_binding()
         place = (self.device.type, self.device.index or 0)
-        for x, (name, _, dtype) in zip(inputs, self.graph["inputs"]):
+        for x, (name, _, dtype) in zip(inputs, self.part["inputs"]):
             binding.bind_input(name, *place, ONNX_TYPES[dtype], list(x.shape), x.data_ptr())
-        for x, (name, _, dtype) in zip(outputs, self.graph["outputs"]):
+        for x, (name, _, dtype) in zip(outputs, self.part["outputs"]):
             binding.bind_output(name, *place, ONNX_TYPES[dtype], list(x.shape), x.data_ptr())
         try:
             if self.device.type == "cuda":
                 self.stream.wait_stream(torch.cuda.current_stream(self.device))
-                self.session.run_with_iobinding(binding)
+            self.session.run_with_iobinding(binding)
+            if self.device.type == "cuda":
                 torch.cuda.current_stream(self.device).wait_stream(self.stream)
-            else:
-                self.session.run_with_iobinding(binding)
-        except Exception as error:                               # the memory is full, mostly
-            raise UserError(f"ONNX Runtime failed in {self.graph['file']} ({error}); sample fewer pictures at a "
-                            "time.") from None
+        except Exception as error:                           # most often because the memory is full
+            raise UserError(f"ONNX Runtime failed in {self.part['file']} ({error}); "
+                            "sample fewer pictures at a time.") from None
         return outputs
 
 
-# === TensorRT: ONNX graph -> engine ("plan") -> CUDA graphs =========================================================
+# === TensorRT: ONNX file -> engine ("plan") -> CUDA graphs ==================================================
 def import_tensorrt():
     try:
         import tensorrt
-    except Exception as error:                   # not installed, or its libraries cannot be loaded
-        raise UserError(f"TensorRT cannot be imported ({error}); pip install tensorrt (its libraries come from "
-                        "NVIDIA's package index), or use --backend onnx.") from None
+    except Exception as error:                               # not installed, or its libraries do not load
+        raise UserError(f"TensorRT cannot be imported ({error}); pip install tensorrt (its libraries come "
+                        "from NVIDIA's package index), or use --backend onnx.") from None
     if not torch.cuda.is_available():
-        raise UserError("TensorRT needs an NVIDIA GPU that PyTorch sees, and there is none; use --backend onnx.")
+        raise UserError("TensorRT needs an NVIDIA GPU that PyTorch sees; use --backend onnx.")
     if tuple(map(int, tensorrt.__version__.split(".")[:2])) < (10, 9):
-        raise UserError(f"This is TensorRT {tensorrt.__version__}; 10.9 is the oldest that has all that is needed here.")
+        raise UserError(f"TensorRT {tensorrt.__version__} is too old; install 10.9 or newer.")
     return tensorrt
 
 
 def engine_folder(directory):
-    """Engines stay beside the exported folder, not in it: exporting anew replaces the folder, the engines are kept."""
+    """Engines lie beside the exported folder, since they outlive the export that they were built from."""
     return Path(f"{Path(directory).resolve()}-engines")
 
 
-def profiles(graph):
-    """What an engine is optimized for, few rows and many: two dictionaries of each dynamic dimension's [min, opt, max]."""
-    most = graph["most"]
-    few = min(64 if graph["file"] == "depth.onnx" else 4, most["rows"])
-    others = {name: [1, max(1, n // 8), n] for name, n in most.items()}
-    return [{**others, "rows": [1, max(1, few // 2), few]}, {**others, "rows": [1, max(1, most["rows"] // 4), most["rows"]]}]
+def profiles(name, part):
+    """What an engine is optimized for, few rows and many: [min, opt, max] of each dynamic dimension."""
+    largest = part["max_sizes"]
+    others = {dimension: [1, max(1, n // 8), n] for dimension, n in largest.items()}
+    few, many = min(64 if name == "depth" else 4, largest["rows"]), largest["rows"]
+    return [{**others, "rows": [1, max(1, few // 2), few]}, {**others, "rows": [1, max(1, many // 4), many]}]
 
 
 def engine_key(trt, manifest, name, level):
-    """All that an engine depends on; it is good for nothing else."""
-    return {"graph": manifest["graphs"][name]["sha256"], "tensorrt": trt.__version__, "gpu": torch.cuda.get_device_name(),
-            "compute_capability": list(torch.cuda.get_device_capability()), "cuda": torch.version.cuda,
-            "precision": manifest["precision"], "profiles": profiles(manifest["graphs"][name]), "level": level}
+    """All that an engine depends on."""
+    part = manifest["parts"][name]
+    return {"graph": list(part["sha256"].values()), "precision": manifest["precision"],
+            "profiles": profiles(name, part), "level": level, "tensorrt": trt.__version__,
+            "cuda": torch.version.cuda, "gpu": torch.cuda.get_device_name(),
+            "compute_capability": list(torch.cuda.get_device_capability())}
 
 
 def plan_path(folder, name, key):
-    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-    return Path(folder) / f"{name}-{digest}.plan"
+    short = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+    return Path(folder) / f"{name}-{short}.plan"
 
 
-def intact(path, key):
-    """The bytes of a plan, or None if it is not there or not the one that its record says was built for `key`. A plan is a
-    program: no other one is ever loaded."""
+def trusted_plan(path, key):
+    """The bytes of a plan, or None if it is missing or not what was built for `key`, by its record. A plan is
+    executable code: no other one is ever loaded."""
     try:
         plan, record = path.read_bytes(), json.loads(path.with_suffix(".json").read_text())
     except (OSError, ValueError):
@@ -266,42 +276,42 @@ def intact(path, key):
 
 
 def read_plan(trt, folder, manifest, name):
-    """The bytes of a graph's engine for this GPU and TensorRT, of the highest level that there is. Raises UserError where
-    there is none, or an altered one."""
+    """The bytes of a part's engine for this GPU and TensorRT, of the highest level that was built. Raises
+    UserError where there is none, or an altered one."""
     for level in range(5, -1, -1):
         key = engine_key(trt, manifest, name, level)
         path = plan_path(folder, name, key)
         if path.exists():
-            plan = intact(path, key)
+            plan = trusted_plan(path, key)
             if plan is None:
-                raise UserError(f"{path} is not the engine that its record describes; run python export.py --trt again.")
+                raise UserError(f"{path} is not the engine of its record; run python export.py --trt again.")
             return plan
-    raise UserError(f"{folder} has no engine of the {name} graph for this GPU ({torch.cuda.get_device_name()}), TensorRT "
-                    f"{trt.__version__} and this export; run python export.py --trt on this machine.")
+    raise UserError(f"{folder} has no engine of the {name} part for this export, TensorRT {trt.__version__} "
+                    f"and this {torch.cuda.get_device_name()}; run python export.py --trt on this machine.")
 
 
-class TrtGraph:
-    """One engine. What it returns stays valid until the next call with the same shapes.
+class TensorRTEngine:
+    """One part as a TensorRT engine. What it returns stays valid until the next call with the same shapes.
 
-    DEVIATION from one context per profile: all shapes have their own buffers, execution context and CUDA graph, made
-    when they first come. To change a context after its work was captured would leave the captured graph undefined.
+    Each set of shapes has its own buffers, execution context and CUDA graph, made when it first comes, since
+    a captured graph is undefined once its context has been given other shapes.
     """
 
-    def __init__(self, trt, plan, manifest, name, device):
-        self.trt, self.name, self.graph, self.device = trt, name, manifest["graphs"][name], device
+    def __init__(self, trt, plan, name, part, device):
+        self.trt, self.name, self.part, self.device = trt, name, part, device
         self.runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
         self.engine = self.runtime.deserialize_cuda_engine(plan)
-        self.must(self.engine is not None, "load its engine")
+        self.require(self.engine is not None, "load its engine")
         self.tensors = {self.engine.get_tensor_name(i) for i in range(self.engine.num_io_tensors)}
-        self.prepared = {}                                       # shapes of the inputs -> what `prepare` returns
+        self.prepared = {}                                   # shapes of the inputs -> what `prepare` returns
 
-    def must(self, done, doing):
-        if not done:
-            raise UserError(f"TensorRT could not {doing} (the {self.name} graph); is the GPU's memory full? If not, delete the "
-                            "engine and run python export.py --trt again.")
+    def require(self, succeeded, task):
+        if not succeeded:
+            raise UserError(f"TensorRT could not {task} (the {self.name} part); is the GPU's memory full? If "
+                            "not, delete the engine and run python export.py --trt again.")
 
     def __call__(self, *inputs):
-        check_inputs(inputs, self.graph["inputs"])
+        check_inputs(inputs, self.part)
         shapes = tuple(x.shape for x in inputs)
         if shapes not in self.prepared:
             self.prepared[shapes] = self.prepare(inputs)
@@ -313,27 +323,30 @@ class TrtGraph:
 
     def prepare(self, inputs):
         """CUDA graph, input and output buffers for the shapes of the inputs, and what must stay alive."""
-        profile = next(i for i, p in enumerate(profiles(self.graph)) if len(inputs[0]) <= p["rows"][2])
-        context = self.engine.create_execution_context(self.trt.ExecutionContextAllocationStrategy.USER_MANAGED)
-        self.must(context is not None, "make an execution context")
-        static_inputs = [x.clone(memory_format=torch.contiguous_format) for x in inputs]      # torch aligns to 512 bytes
-        outputs = empty_outputs(inputs, self.graph)
+        ranges = profiles(self.name, self.part)
+        profile = next(i for i, sizes in enumerate(ranges) if len(inputs[0]) <= sizes["rows"][2])
+        user_managed = self.trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        context = self.engine.create_execution_context(user_managed)
+        self.require(context is not None, "make an execution context")
+        static_inputs = [x.clone(memory_format=torch.contiguous_format) for x in inputs]
+        outputs = empty_outputs(inputs, self.part)
         stream = torch.cuda.Stream(self.device)
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):
-            self.must(context.set_optimization_profile_async(profile, stream.cuda_stream), "choose a profile")
-            for x, (name, _, _) in zip(static_inputs, self.graph["inputs"]):
-                if name in self.tensors:                         # D = 1 leaves some inputs without a use
-                    self.must(context.set_input_shape(name, tuple(x.shape)), f"take {name} of shape {tuple(x.shape)}")
-            for x, (name, _, _) in zip(static_inputs + outputs, self.graph["inputs"] + self.graph["outputs"]):
+            done = context.set_optimization_profile_async(profile, stream.cuda_stream)
+            self.require(done, "take a profile")
+            for x, (name, _, _) in zip(static_inputs, self.part["inputs"]):
+                if name in self.tensors:                     # D = 1 leaves some inputs without a use
+                    self.require(context.set_input_shape(name, tuple(x.shape)), f"take {name}'s shape")
+            for x, (name, _, _) in zip(static_inputs + outputs, self.part["inputs"] + self.part["outputs"]):
                 if name in self.tensors:
-                    self.must(context.set_tensor_address(name, x.data_ptr()), f"take the address of {name}")
-            scratch = torch.empty(max(1, context.update_device_memory_size_for_shapes()), dtype=torch.uint8,
-                                  device=self.device)            # of this shape alone, not of the profile's largest
+                    self.require(context.set_tensor_address(name, x.data_ptr()), f"take {name}'s address")
+            size = max(1, context.update_device_memory_size_for_shapes())      # less than the largest shapes'
+            scratch = torch.empty(size, dtype=torch.uint8, device=self.device)
             context.set_device_memory(scratch.data_ptr(), scratch.numel())
-            self.must(context.execute_async_v3(stream.cuda_stream), "run")                    # once before the capture
+            self.require(context.execute_async_v3(stream.cuda_stream), "run")  # once before the capture
         stream.synchronize()
         cuda_graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(cuda_graph, stream=stream):
-            self.must(context.execute_async_v3(stream.cuda_stream), "run while it was captured")
+            self.require(context.execute_async_v3(stream.cuda_stream), "run while it was captured")
         return cuda_graph, static_inputs, outputs, (context, scratch)

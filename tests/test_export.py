@@ -6,6 +6,7 @@ import shutil
 import signal
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -38,20 +39,31 @@ def make_checkpoint(folder, depth=4, seed=0):
     return folder
 
 
-@pytest.fixture(scope="session", params=[4, 1], ids=["D=4", "D=1"])
-def exported(request, tmp_path_factory):
-    """(checkpoint, exported folder) of a small model, once with stacks of 4 codes and once with single codes."""
-    folder = tmp_path_factory.mktemp(f"export{request.param}")
-    checkpoint = make_checkpoint(folder / "checkpoint", request.param)
+def make_export(folder, depth):
+    """(checkpoint, exported folder) of a small model."""
+    checkpoint = make_checkpoint(folder / "checkpoint", depth)
     export.export(*drr.load_checkpoint(checkpoint), folder / "out", "fp32", 5)
     return checkpoint, folder / "out"
 
 
-@pytest.fixture
-def pair(exported):
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory):
+    """Of a model with stacks of 4 codes."""
+    return make_export(tmp_path_factory.mktemp("export4"), 4)
+
+
+@pytest.fixture(scope="session")
+def exported_single(tmp_path_factory):
+    """Of a model with single codes."""
+    return make_export(tmp_path_factory.mktemp("export1"), 1)
+
+
+@pytest.fixture(params=["exported", "exported_single"])
+def pair(request):
     """The same model twice: in PyTorch, and as ONNX graphs."""
-    vae, transformer, info = drr.load_checkpoint(exported[0])
-    return drr.TorchModel(vae, transformer, CPU, torch.float32), backends.load("onnx", exported[1], CPU)[0], info
+    checkpoint, folder = request.getfixturevalue(request.param)
+    vae, transformer, info = drr.load_checkpoint(checkpoint)
+    return drr.TorchModel(vae, transformer, CPU, torch.float32), backends.load("onnx", folder, CPU)[0], info
 
 
 @pytest.fixture
@@ -60,7 +72,7 @@ def out(exported, tmp_path):
     return Path(shutil.copytree(exported[1], tmp_path / "out"))
 
 
-# === Parity =========================================================================================================
+# === Parity =================================================================================================
 @pytest.mark.parametrize("rows", [1, 2, 5])
 def test_context_equals_pytorch(pair, rows):
     ours, onnx, _ = pair
@@ -72,7 +84,8 @@ def test_context_equals_pytorch(pair, rows):
     assert expected.std() > 0.1
     for selected in (1, 2, 5):                                     # 5 are filled up to 8
         positions = torch.rand(rows, 64, generator=g).argsort(1)[:, :selected]
-        torch.testing.assert_close(onnx.context(codes, mask, cond, positions), drr.pick(expected, positions), atol=1e-4, rtol=0)
+        context = onnx.context(codes, mask, cond, positions)
+        torch.testing.assert_close(context, drr.select(expected, positions), atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 5])
@@ -107,7 +120,10 @@ def test_a_whole_decode_draws_the_same_codes(pair, guidance, inpaint):
     if inpaint:
         codes = torch.randint(64, (3, 64, ours.depth), generator=torch.Generator().manual_seed(0))
         region = torch.arange(64) % 7 < 3
-    results = [list(drr.draft_and_revise(m, cond, noise, c, codes, region))[-1].codes for m in (ours, onnx)]
+    results = []
+    for model in (ours, onnx):
+        *_, last = drr.draft_and_revise(model, cond, noise, c, codes, region)
+        results.append(last.codes)
     assert (results[0] == results[1]).float().mean() >= 0.999
     if inpaint:
         assert torch.equal(results[1][:, ~region], codes[:, ~region])
@@ -120,20 +136,19 @@ def test_padding_rows_change_nothing(pair):
     g = torch.Generator().manual_seed(0)
     h, stacks = torch.randn(13, 64, generator=g), torch.randint(64, (13, onnx.depth), generator=g)
     sizes = []
-    graph = onnx.graphs["depth"]
+    session = onnx.parts["depth"]
 
     class Spy:
-        def __init__(self):
-            self.graph = graph.graph
+        part = session.part
 
         def __call__(self, *inputs):
             sizes.append(len(inputs[0]))
-            return graph(*inputs)
+            return session(*inputs)
 
-    onnx.graphs["depth"] = Spy()
+    onnx.parts["depth"] = Spy()
     logits, cache = onnx.depth_step(h, stacks, 0, None)            # 13 rows arrive as 16, and come back as 13
     assert sizes == [16] and logits.shape[0] == 13
-    alone = graph(h, stacks, torch.tensor([0]), torch.zeros_like(cache)[:, :, :13])[0]
+    alone = session(h, stacks, torch.tensor([0]), torch.zeros_like(cache)[:, :, :13])[0]
     torch.testing.assert_close(logits, alone, atol=1e-5, rtol=0)
 
 
@@ -144,26 +159,34 @@ def test_more_rows_than_exported_is_one_sentence(pair):
         onnx.context(codes, torch.ones(11, 64, dtype=torch.bool), torch.zeros(11, 1, dtype=torch.int64))
 
 
-# === The manifest and what it protects ==============================================================================
+# === The manifest and what it protects ======================================================================
+def files_of(manifest):
+    return {name for part in manifest["parts"].values() for name in part["sha256"]}
+
+
+def files_in(folder):
+    return {str(p.relative_to(folder)) for p in folder.rglob("*") if not p.is_dir()}
+
+
 def test_manifest_says_what_the_graphs_are(exported):
     import onnx
     manifest = json.loads((exported[1] / "manifest.json").read_text())
-    assert {p.name for p in exported[1].iterdir()} == {"manifest.json", *(f"{g}.onnx{x}" for g in backends.GRAPHS
-                                                                          for x in ("", ".data"))}
-    for name, entry in manifest["graphs"].items():
-        model = onnx.load(exported[1] / entry["file"], load_external_data=False)
-        assert model.opset_import[0].version == entry["opset"]
+    assert files_in(exported[1]) == {"manifest.json", *files_of(manifest)}
+    assert list(manifest["parts"]) == list(backends.PARTS)
+    for name, part in manifest["parts"].items():
+        model = onnx.load(exported[1] / part["file"], load_external_data=False)
+        assert model.opset_import[0].version == part["opset"]
         for side, values in (("inputs", model.graph.input), ("outputs", model.graph.output)):
             found = [(v.name, [d.dim_value or d.dim_param for d in v.type.tensor_type.shape.dim]) for v in values]
-            assert found == [(n, shape) for n, shape, _ in entry[side]]
-        assert entry["max_difference"] < 1e-3
+            assert found == [(n, shape) for n, shape, _ in part[side]]
+        assert part["max_difference"] < 1e-3
     assert {"torch", "onnx", "onnxruntime", "onnxscript"} <= manifest["versions"].keys()
 
 
 @pytest.mark.parametrize("name", ["spatial.onnx", "decoder.onnx.data"])
 @pytest.mark.parametrize("damage", ["flip", "remove"])
 def test_a_damaged_file_is_noticed(out, name, damage):
-    file = out / name
+    file, = out.glob(f"*/{name}")
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.unlink() if damage == "remove" else file.write_bytes(content)
@@ -186,7 +209,7 @@ def test_a_damaged_manifest_is_one_sentence(out, text):
         backends.load("onnx", out, CPU)
 
 
-# === sample.py --backend ============================================================================================
+# === sample.py --backend ====================================================================================
 @pytest.fixture
 def draw(exported, tmp_path):
     def call(*arguments, source=("--exported", exported[1])):
@@ -205,7 +228,6 @@ def test_sampling_from_graphs_gives_pytorchs_picture(draw, exported, tmp_path):
     assert abs(ours - theirs).max() <= 1                           # rounding to 8 bits
 
 
-@pytest.mark.parametrize("exported", [4], indirect=True, ids=["D=4"])
 def test_sampling_from_graphs_imports_only_what_it_uses(exported, tmp_path):
     arguments = ["sample.py", "--class", "0", "--num", "1", "--backend", "onnx", "--exported", str(exported[1])]
     program = (f"import sys, runpy\nsys.argv = {arguments}\n"
@@ -222,7 +244,6 @@ def refused(done, *words):
     assert all(word in done.stderr for word in words), done.stderr
 
 
-@pytest.mark.parametrize("exported", [4], indirect=True, ids=["D=4"])
 def test_mistakes_with_exported_models_are_one_sentence(draw, tmp_path):
     refused(draw("--backend", "onnx", source=("--exported", tmp_path / "nothing")), "export.py")
     other = make_checkpoint(tmp_path / "other", seed=1)
@@ -232,70 +253,70 @@ def test_mistakes_with_exported_models_are_one_sentence(draw, tmp_path):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="about a machine without a GPU")
-@pytest.mark.parametrize("exported", [4], indirect=True, ids=["D=4"])
 def test_what_needs_a_gpu_says_so(draw, exported, monkeypatch):
     refused(draw("--backend", "onnx", "--device", "cuda"), "cuda")
     refused(draw("--backend", "trt"), "TensorRT")
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: SimpleNamespace(cuda_stream=0))
     with pytest.raises(drr.UserError, match="CUDA"):               # never a silent fall back to the CPU
-        backends.OrtGraph(exported[1], backends.read_manifest(exported[1]), "decoder",
-                          SimpleNamespace(type="cuda", index=0))
+        part = backends.read_manifest(exported[1])["parts"]["decoder"]
+        backends.OnnxSession(exported[1], part, SimpleNamespace(type="cuda", index=0))
 
 
-# === export.py: all or nothing ======================================================================================
+# === export.py: all or nothing ==============================================================================
 KILLED = """
 import os, signal, sys
-import export
-def quick(module, graph, inputs, directory):
+import drr, export
+
+def quick(module, part, inputs, path):
     for suffix in ("", ".data"):
-        (directory / (graph["file"] + suffix)).write_bytes(b"new")
+        path.with_name(path.name + suffix).write_bytes(b"new")
+
+def die_at_call(owner, name, number):
+    original, calls = getattr(owner, name), []
+    def function(*arguments, **named):
+        calls.append(name)
+        if len(calls) == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*arguments, **named)
+    setattr(owner, name, function)
+
 export.write_graph, export.verify = quick, lambda *a, **k: "not verified in this test"
-function, call = sys.argv[1], int(sys.argv[2])
-owner = export.shutil if function == "rmtree" else export
-original, calls = getattr(owner, function), 0
-def deadly(*a, **k):
-    global calls
-    calls += 1
-    if calls == call:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return original(*a, **k)
-setattr(owner, function, deadly)
-sys.argv = ["export.py", "--checkpoint", sys.argv[3], "--out", "out"]
+owner, name, number, checkpoint = sys.argv[1:]
+die_at_call({"export": export, "drr": drr}[owner], name, int(number))
+sys.argv = ["export.py", "--checkpoint", checkpoint, "--out", "out"]
 export.main()
 """
 
 
-@pytest.mark.parametrize("moment,replaced", [("write_graph 2", False), ("verify 4", False), ("swap_in 1", False),
-                                             ("rmtree 2", True)])
-@pytest.mark.parametrize("exported", [4], indirect=True, ids=["D=4"])
-def test_a_killed_export_leaves_a_whole_set(exported, out, tmp_path, moment, replaced):
+@pytest.mark.parametrize("moment, replaced", [("export write_graph 2", False), ("export verify 4", False),
+                                              ("drr replacing 1", False), ("export remove_unnamed 1", True)])
+def test_a_killed_export_leaves_a_whole_one_and_the_next_removes_its_files(exported, out, tmp_path, moment, replaced):
     before = (out / "manifest.json").read_text()
-    function, call = moment.split()
-    done = execute("-c", KILLED, function, call, exported[0], cwd=tmp_path)
+    done = execute("-c", KILLED, *moment.split(), exported[0], cwd=tmp_path)
     assert done.returncode == -signal.SIGKILL, done.stderr
-    names = {p.name for p in out.iterdir()}
-    assert len(names) == 9
-    if replaced:                                                   # the new set, complete, in the old one's place
-        assert all((out / name).read_bytes() == b"new" for name in names - {"manifest.json"})
+    manifest = backends.read_manifest(out)
+    if replaced:                                                   # the new export, complete
+        assert all((out / name).read_bytes() == b"new" for name in files_of(manifest))
     else:
         assert (out / "manifest.json").read_text() == before
-        backends.read_manifest(out)
-    export.clean_up(out)                                           # what the next export does first
+    assert files_in(out) > files_of(manifest) | {"manifest.json"}
+    foreign = next(path for path in out.glob("graphs-*") if f"{path.name}/spatial.onnx" not in files_of(manifest))
+    (foreign / "thesis.txt").write_text("years of work")
+    export.remove_unnamed(out)                                     # what an export does last
+    foreign = f"{foreign.name}/thesis.txt"
+    assert files_in(out) == {"manifest.json", foreign, *files_of(manifest)}
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
-def test_without_an_atomic_exchange_nothing_is_lost_either(tmp_path, monkeypatch):
-    monkeypatch.setattr(export.sys, "platform", "another")
-    new, directory = tmp_path / ".out.1.partial", tmp_path / "out"
-    for folder in (new, directory):
-        folder.mkdir()
-        (folder / "content").write_text(folder.name)
-    export.swap_in(new, directory)
-    assert (directory / "content").read_text() == ".out.1.partial" and (new / "content").read_text() == "out"
-    new.rename(tmp_path / ".out.old")                              # as if killed between the two renames
-    directory.rename(tmp_path / f".out.{2 ** 30}.partial")
-    export.clean_up(directory)
-    assert [p.name for p in tmp_path.iterdir()] == ["out"] and (directory / "content").read_text() == "out"
+def test_an_export_replaces_one_of_an_older_version(out, tmp_path, monkeypatch):
+    (out / "manifest.json").write_text('{"version": 2, "graphs": {}}')
+    for path in out.glob("*/*"):
+        path.rename(out / path.name)                               # the layout of version 2
+    with pytest.raises(drr.UserError, match="version 2.*export it again"):
+        backends.read_manifest(out)
+    export.check_target(out)
+    export.remove_unnamed(out)
+    assert not {*out.glob("*.onnx*")}
 
 
 LIMITED = """
@@ -308,28 +329,17 @@ export.run(export.main)
 """
 
 
-@pytest.mark.parametrize("exported", [4], indirect=True, ids=["D=4"])
 def test_a_full_disk_is_one_sentence_and_leaves_the_earlier_export(exported, out, tmp_path):
     before = (out / "manifest.json").read_text()
     refused(execute("-c", LIMITED, exported[0], cwd=tmp_path), "could not be written", "untouched")
-    assert (out / "manifest.json").read_text() == before and [p.name for p in tmp_path.iterdir()] == ["out"]
-    backends.read_manifest(out)
+    assert (out / "manifest.json").read_text() == before
+    assert files_in(out) == {"manifest.json", *files_of(backends.read_manifest(out))}
 
 
-@pytest.mark.parametrize("exported", [4], indirect=True, ids=["D=4"])
-def test_bench_uses_a_fitting_export_and_prints_every_backend(exported, tmp_path):
-    arguments = ["export.py", "--checkpoint", exported[0], "--out", exported[1], "--max-batch", 5, "--bench", "--repeat", 1]
-    done = execute(*arguments, cwd=tmp_path)
-    assert done.returncode == 0 and "is up to date" in done.stdout, done.stderr
-    rows = [line.split() for line in done.stdout.splitlines() if line.startswith(("torch ", "onnx "))]
-    assert {" ".join(row[:2]) for row in rows} == {"torch fp32", "torch bf16", "onnx fp32"}
-    assert len(rows) == 3 * 2 * 2 and all(float(row[4]) > 0 and float(row[-1]) > 0 for row in rows)
-
-
-@pytest.mark.parametrize("exported", [4], indirect=True, ids=["D=4"])
 def test_a_first_export_that_fails_leaves_nothing(exported, tmp_path, monkeypatch):
     def full(*a):
         raise OSError(28, "No space left on device")
+
     model = drr.load_checkpoint(exported[0])
     monkeypatch.setattr(export, "write_graph", full)
     with pytest.raises(drr.UserError, match="No space left"):
@@ -337,16 +347,16 @@ def test_a_first_export_that_fails_leaves_nothing(exported, tmp_path, monkeypatc
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("exported", [4], indirect=True, ids=["D=4"])
 def test_a_graph_over_its_bound_is_an_error(exported, tmp_path, monkeypatch):
-    monkeypatch.setattr(export.Spatial, "forward", lambda self, codes, mask, cond, positions:
-                        self.transformer.context(codes, mask, cond, positions) + 0.01)
+    def wrong(self, codes, mask, cond, positions):
+        return self.network.context(codes, mask, cond, positions) + 0.01
+
+    monkeypatch.setattr(export.Spatial, "forward", wrong)
     with pytest.raises(drr.UserError, match="spatial"):
         export.export(*drr.load_checkpoint(exported[0]), tmp_path / "out", "fp32", 2)
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("exported", [4], indirect=True, ids=["D=4"])
 def test_export_never_replaces_another_folder(exported, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
@@ -355,25 +365,23 @@ def test_export_never_replaces_another_folder(exported, tmp_path):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="about a machine without a GPU")
-@pytest.mark.parametrize("exported", [4], indirect=True, ids=["D=4"])
 def test_export_trt_without_a_gpu_keeps_the_graphs_and_says_what_is_missing(exported, out, tmp_path):
     done = execute("export.py", "--checkpoint", exported[0], "--out", "out", "--max-batch", 5, "--trt", cwd=tmp_path)
     refused(done, "TensorRT")
     assert "up to date" in done.stdout and backends.read_manifest(out)["max_batch"] == 5
 
 
-@pytest.mark.parametrize("exported", [4], indirect=True, ids=["D=4"])
 def test_half_precision_graphs_stay_near_pytorch(exported, tmp_path):
     manifest = export.export(*drr.load_checkpoint(exported[0]), tmp_path / "out", "fp16", 2)      # raises if not
-    assert manifest["graphs"]["depth"]["inputs"][0][2] == "float16"
+    assert manifest["parts"]["depth"]["inputs"][0][2] == "float16"
     model, _ = backends.load("onnx", tmp_path / "out", CPU)
-    assert 0 < manifest["graphs"]["spatial"]["max_difference"] < 0.05
-    context = model.context(torch.zeros(2, 64, model.depth, dtype=torch.int64), torch.ones(2, 64, dtype=torch.bool),
-                            torch.zeros(2, 1, dtype=torch.int64))
+    assert 0 < manifest["parts"]["spatial"]["max_difference"] < 0.05
+    codes, cond = torch.zeros(2, 64, model.depth, dtype=torch.int64), torch.zeros(2, 1, dtype=torch.int64)
+    context = model.context(codes, torch.ones(2, 64, dtype=torch.bool), cond)
     assert context.dtype == torch.float16 and context.isfinite().all()
 
 
-# === TensorRT =======================================================================================================
+# === TensorRT ===============================================================================================
 def tensorrt_names(source):
     """Every chain of attributes after `trt.`, and every method of TensorRT's objects, that a source text uses."""
     tree = ast.parse(source)
@@ -389,7 +397,8 @@ def test_every_tensorrt_name_exists_in_every_version():
     """tests/fixtures/tensorrt-names.json lists what TensorRT 10.9 to 11.4 have."""
     versions = json.loads((TESTS / "fixtures" / "tensorrt-names.json").read_text())
     used = set()
-    for file, functions in (("export.py", {"build_engine"}), ("backends.py", {"TrtGraph", "engine_key", "read_plan"})):
+    for file, functions in (("export.py", {"build_engine"}),
+                            ("support/backends.py", {"TensorRTEngine", "engine_key", "read_plan"})):
         for node in ast.parse((REPO / file).read_text()).body:
             if getattr(node, "name", None) in functions:
                 source = ast.unparse(node)
@@ -397,7 +406,7 @@ def test_every_tensorrt_name_exists_in_every_version():
                 chains = {ast.unparse(n) for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Attribute)}
                 for chain in chains:
                     for variable, kind in OBJECTS.items():
-                        if chain.startswith(variable + ".") and (variable != "context" or file == "backends.py"):
+                        if chain.startswith(variable + ".") and (variable != "context" or file != "export.py"):
                             used.add((kind, re.match(r"\w+", chain[len(variable) + 1:])[0]))
     used -= {("__version__",)}
     assert {("Builder", "build_serialized_network"), ("OnnxParser", "parse_from_file"), ("BuilderFlag", "TF32"),
@@ -408,90 +417,41 @@ def test_every_tensorrt_name_exists_in_every_version():
             assert not members or members[0] in names[kind], (version, kind, members)
 
 
-class FakeTensorRT:
-    """As much of TensorRT as building needs; the plan is what it was told."""
-    __version__ = "10.9.0"
-
-    class Logger:
-        WARNING = ERROR = 1
-
-        def __init__(self, level):
-            self.level = level
-
-    class NetworkDefinitionCreationFlag:
-        STRONGLY_TYPED = 1
-
-    class MemoryPoolType:
-        WORKSPACE = 0
-
-    class BuilderFlag:
-        TF32 = 7
-
-    class OnnxParser:
-        num_errors = 0
-
-        def __init__(self, network, logger):
-            self.network = network
-
-        def parse_from_file(self, path):
-            self.network["file"] = Path(path).name
-            return Path(path).exists()
-
-    class Builder:
-        built = 0
-
-        def __init__(self, logger):
-            self.logger = logger
-
-        def create_network(self, flags):
-            return {"flags": flags}
-
-        def create_builder_config(self):
-            config = SimpleNamespace(cleared=[], profiles=[], set_memory_pool_limit=lambda kind, n: None)
-            config.clear_flag = config.cleared.append
-            config.create_timing_cache = lambda blob: blob
-            config.set_timing_cache = lambda cache, ignore_mismatch: True
-            config.get_timing_cache = lambda: SimpleNamespace(serialize=lambda: b"timings")
-            config.add_optimization_profile = lambda profile: config.profiles.append(profile) or len(config.profiles) - 1
-            return config
-
-        def create_optimization_profile(self):
-            shapes = {}
-            return SimpleNamespace(shapes=shapes, set_shape=lambda name, *ranges: shapes.update({name: ranges}))
-
-        def build_serialized_network(self, network, config):
-            type(self).built += 1
-            return json.dumps([network, config.cleared, [p.shapes for p in config.profiles]]).encode()
-
-
 @pytest.fixture
 def fake_trt(monkeypatch):
-    trt = type("trt", (FakeTensorRT,), {"Builder": type("Builder", (FakeTensorRT.Builder,), {"built": 0})})
+    """As much of TensorRT as building needs: it takes every call, and every engine is the same."""
+    trt = MagicMock(__version__="10.9.0")
+    trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED = 1
+    builder = trt.Builder.return_value
+    builder.build_serialized_network.return_value = b"a plan"
+    config = builder.create_builder_config.return_value
+    config.add_optimization_profile.return_value = 0
+    config.get_timing_cache.return_value.serialize.return_value = b"timings"
     monkeypatch.setattr(backends, "import_tensorrt", lambda: trt)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Toy GPU")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     return trt
 
 
-@pytest.mark.parametrize("exported", [4], indirect=True, ids=["D=4"])
 def test_engines_are_built_once_and_loaded_only_as_built(exported, tmp_path, fake_trt, monkeypatch):
     out, manifest = exported[1], backends.read_manifest(exported[1])
+    build = fake_trt.Builder.return_value.build_serialized_network
     export.build_engines(out, manifest, tmp_path, 3)
-    assert fake_trt.Builder.built == 4
+    assert build.call_count == 4
+    set_shape = fake_trt.Builder.return_value.create_optimization_profile.return_value.set_shape
+    ranges = {name: [call.args[1:] for call in set_shape.call_args_list if call.args[0] == name]
+              for name in ("h", "position", "cache", "positions")}                # few rows, then many
+    assert ranges == {"h": [([1, 64], [32, 64], [64, 64]), ([1, 64], [160, 64], [640, 64])],
+                      "position": 2 * [([1], [1], [1])],
+                      "cache": [tuple([2, 2, n, 2, 4, 32] for n in sizes) for sizes in ((1, 32, 64), (1, 160, 640))],
+                      "positions": [([1, 1], [2, 8], [4, 64]), ([1, 1], [2, 8], [10, 64])]}
     export.build_engines(out, manifest, tmp_path, 3)
-    assert fake_trt.Builder.built == 4                             # the second call finds them
-    network, cleared, (few, many) = json.loads(backends.read_plan(fake_trt, tmp_path, manifest, "depth"))
-    assert network == {"flags": 1 << 1, "file": "depth.onnx"} and cleared == [7]       # TF32 is off in fp32
-    assert few["h"] == [[1, 64], [32, 64], [64, 64]] and many["h"] == [[1, 64], [160, 64], [640, 64]]
-    assert few["position"] == [[1], [1], [1]] and many["cache"][2] == [2, 2, 640, 2, 4, 32]
-    *_, (few, many) = json.loads(backends.read_plan(fake_trt, tmp_path, manifest, "spatial"))
-    assert few["positions"] == [[1, 1], [2, 8], [4, 64]] and many["positions"] == [[1, 1], [2, 8], [10, 64]]
+    assert build.call_count == 4                                   # the second call finds them
     export.build_engines(out, manifest, tmp_path, 5)
-    assert fake_trt.Builder.built == 8                             # another level is another engine
-    plan = next(tmp_path.glob("spatial-*.plan"))
-    good = plan.read_bytes()
-    for p in tmp_path.glob("spatial-*.plan"):
-        p.write_bytes(good[:-1] + b"x")
+    assert build.call_count == 8                                   # another level is another engine
+    assert backends.read_plan(fake_trt, tmp_path, manifest, "spatial") == b"a plan"
+    for plan in tmp_path.glob("spatial-*.plan"):
+        plan.write_bytes(b"b plan")
     with pytest.raises(drr.UserError, match="not the engine"):
         backends.read_plan(fake_trt, tmp_path, manifest, "spatial")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Other GPU")
@@ -507,27 +467,32 @@ def has_tensorrt():
         return False
 
 
-@pytest.mark.skipif(not has_tensorrt(), reason="needs an NVIDIA GPU and TensorRT")
-def test_a_whole_decode_through_tensorrt(exported, tmp_path, monkeypatch):
-    manifest = backends.read_manifest(exported[1])
-    export.build_engines(exported[1], manifest, tmp_path, 1)
+def share_of_equal_codes(exported, model, info):
+    """Of a decode by `model`, and by PyTorch in float32, on the GPU."""
     device = torch.device("cuda")
-    model, info = backends.load("trt", exported[1], device, tmp_path)
     vae, transformer, _ = drr.load_checkpoint(exported[0])
     ours = drr.TorchModel(vae, transformer, device, torch.float32)
+    cond = torch.tensor([[0], [1], [2]], device=device)
+    ours, theirs = (drr.sample(m, cond, 3, range(3), info.sample) for m in (ours, model))
+    return (ours == theirs).float().mean()
+
+
+@pytest.mark.skipif(not has_tensorrt(), reason="needs an NVIDIA GPU and TensorRT")
+@pytest.mark.parametrize("of", ["exported", "exported_single"])
+def test_a_whole_decode_through_tensorrt(of, request, tmp_path, monkeypatch):
+    exported, device = request.getfixturevalue(of), torch.device("cuda")
+    export.build_engines(exported[1], backends.read_manifest(exported[1]), tmp_path, 1)
+    model, info = backends.load("trt", exported[1], device, tmp_path)
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)             # which the engines do without
-    cond, noise = torch.tensor([[0], [1], [2]], device=device), drr.draw_noise(3, range(3), 3, 64, ours.depth)
-    results = [list(drr.draft_and_revise(m, cond, noise, info.sample))[-1].codes for m in (ours, model)]
-    assert (results[0] == results[1]).float().mean() >= 0.99
-    torch.testing.assert_close(model.decode(results[0]), ours.decode(results[0]), atol=5e-3, rtol=0)
+    assert share_of_equal_codes(exported, model, info) >= 0.99
+    codes = torch.randint(64, (3, 64, model.depth), device=device)
+    images = drr.load_checkpoint(exported[0])[0].to(device).decode(codes)
+    torch.testing.assert_close(model.decode(codes), images, atol=5e-3, rtol=0)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
-def test_a_whole_decode_through_onnx_runtime_on_cuda(exported):
-    device = torch.device("cuda")
-    model, info = backends.load("onnx", exported[1], device)
-    vae, transformer, _ = drr.load_checkpoint(exported[0])
-    ours = drr.TorchModel(vae, transformer, device, torch.float32)
-    cond, noise = torch.tensor([[0], [1], [2]], device=device), drr.draw_noise(3, range(3), 3, 64, ours.depth)
-    results = [list(drr.draft_and_revise(m, cond, noise, info.sample))[-1].codes for m in (ours, model)]
-    assert (results[0] == results[1]).float().mean() >= 0.99
+@pytest.mark.parametrize("of", ["exported", "exported_single"])
+def test_a_whole_decode_through_onnx_runtime_on_cuda(of, request):
+    exported = request.getfixturevalue(of)
+    model, info = backends.load("onnx", exported[1], torch.device("cuda"))
+    assert share_of_equal_codes(exported, model, info) >= 0.99
