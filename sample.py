@@ -1,8 +1,8 @@
 """Draws pictures with Draft-and-Revise.
 
     python sample.py --class 980                                     # 16 samples of it in one picture
-    python sample.py --class volcano --strip --num 4                 # from the first draft to the last revision
-    python sample.py --class 980 --m 4 top_k=100                     # any value of config.yaml's section `sample`
+    python sample.py --class volcano --strip --num 4                 # from the draft to the last revision
+    python sample.py --class 980 --m 4 top_k=100                     # any value of config.yaml's `sample`
     python sample.py --image IN.png --region 8,8,24,24 --class 980   # repaint a region as another class
     python sample.py --reconstruct IN.png                            # what the RQ-VAE keeps, by depth
 """
@@ -19,54 +19,57 @@ from tqdm import tqdm
 
 import drr
 from drr import UserError
-from support.common import (BUNDLED, add_device_arguments, crop, crop_box, grid, open_image, pick_classes, pick_device,
-                            precision_name, run, sampling_values, save_picture, to_float, to_pixels)
+from support.common import (BUNDLED, add_device_arguments, crop, crop_box, grid, open_image, pick_classes,
+                            pick_device, precision_name, run, sampling_values, save_picture, to_float,
+                            to_pixels)
 
-# A flag is another way to write key=value: (flag, key, metavar, help).
-FLAGS = [("--t-draft", "t_draft", "T", "updates of the draft"),
-         ("--t-revise", "t_revise", "T", "updates of each revision"),
-         ("--m", "rounds", "M", "revisions"),
-         ("--temperature", "revise_temperature", "X", "of the revisions"),
-         ("--guidance", "revise_guidance", "S", "of the revisions; 1 is none"),
-         ("--draft-temperature", "draft_temperature", "X", "of the draft"),
-         ("--draft-guidance", "draft_guidance", "S", "of the draft; 1 is none"),
-         ("--top-k", "top_k", "K", "draw from the K most likely codes; 0: all"),
-         ("--top-p", "top_p", "P", "draw from the fewest codes that hold this probability")]
+# A flag is another way to write key=value.
+FLAGS = [("--t-draft", "t_draft", "updates of the draft"),
+         ("--t-revise", "t_revise", "updates of each revision"),
+         ("--m", "rounds", "revisions"),
+         ("--temperature", "revise_temperature", "of the revisions"),
+         ("--guidance", "revise_guidance", "of the revisions; 1 is none"),
+         ("--draft-temperature", "draft_temperature", "of the draft"),
+         ("--draft-guidance", "draft_guidance", "of the draft; 1 is none"),
+         ("--top-k", "top_k", "draw from the K most likely codes; 0: all"),
+         ("--top-p", "top_p", "draw from the fewest codes that hold this probability")]
 
 
 def parse_arguments():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     add = parser.add_argument
-    add("--class", dest="classes", metavar="C", help="index, folder name (wnid) or name of a class; a comma-separated "
-        "list of them, used in turn; or `none` for the null class")
+    add("--class", dest="classes", metavar="C", help="index, folder name (wnid) name, or `none` for the null class; "
+        "several, separated by commas and used in turn")
     add("--num", type=int, metavar="N", help="number of pictures in all (16, or as many as classes)")
     add("--seed", type=int, default=0, help="picture i of a seed is the same in any batch (0)")
     add("--out", metavar="PNG", help="the grid of all pictures (samples/CLASS_seedSEED.png)")
     add("--out-dir", metavar="DIR", help="also one PNG per picture: 000.png, 001.png, ...")
     add("--strip", action="store_true", help="one row per picture: states of the draft, then each revision")
     group = parser.add_argument_group("decoding (defaults: the checkpoint's)")
-    for flag, key, metavar, text in FLAGS:
+    for flag, key, text in FLAGS:
         group.add_argument(flag, dest="flags", action="append", default=[], type=(key + "={}").format,
-                           metavar=metavar, help=f"{text} ({key})")
-    group = parser.add_argument_group("pictures that come in (the central square is what the model sees)")
-    group.add_argument("--image", metavar="PNG", help="repaint a part of this picture")
-    group.add_argument("--region", metavar="X0,Y0,X1,Y1", help="the part to repaint, in the picture's own pixels")
-    group.add_argument("--mask", metavar="PNG", help="the part to repaint: white in a picture of the same size")
-    group.add_argument("--paste", action="store_true", help="put the original pixels back outside the part")
-    group.add_argument("--reconstruct", metavar="PNG", help="show this picture beside its decodes from depth 1 .. D")
-    add("--checkpoint", metavar="DIR", help="folder with vae.safetensors and transformer.safetensors (the bundled one)")
+                           metavar=key, help=text)
+    add = parser.add_argument_group("pictures that come in (the model sees the central square)").add_argument
+    add("--image", metavar="PNG", help="repaint a part of this picture")
+    add("--region", metavar="X0,Y0,X1,Y1", help="the part to repaint, in the picture's own pixels")
+    add("--mask", metavar="PNG", help="the part to repaint: white in a picture of the same size")
+    add("--paste", action="store_true", help="put the original pixels back outside the part")
+    add("--reconstruct", metavar="PNG", help="show this picture beside its decodes from depth 1 .. D")
+    add = parser.add_argument
+    add("--checkpoint", metavar="DIR", help="vae.safetensors and transformer.safetensors (the bundled ones)")
     add("--backend", default="torch", choices=["torch", "onnx", "trt"],
         help="onnx, trt: the graphs or engines that export.py wrote, and no PyTorch weights")
     add("--exported", metavar="DIR", default="exported", help="where export.py wrote them (exported)")
     add("overrides", nargs="*", metavar="key=value", help="sampling values that replace the checkpoint's")
-    add("--compile", action="store_true", help="torch.compile, on a GPU with CUDA graphs: slow for a minute, then faster")
+    add("--compile", action="store_true", help="torch.compile, CUDA graphs on a GPU: slow at first, then fast")
     add_device_arguments(parser)
     args = parser.parse_intermixed_args()
     args.given = {key for key, value in vars(args).items() if value not in (parser.get_default(key), [])}
     return args
 
 
-# === From the command line to a model, a mask and the files to write ==========================================
+# === From the command line to a model, a mask and the files to write =======================================
 def load_model(args, device, dtype):
     """The model (drr.TorchModel, or an exported one in its place), the checkpoint's info, and the device."""
     folder = BUNDLED if args.checkpoint is None else args.checkpoint
@@ -75,23 +78,21 @@ def load_model(args, device, dtype):
             raise UserError("--exported is for --backend onnx or trt; name one, or leave it out.")
         vae, transformer, info = drr.load_checkpoint(folder)
         return drr.TorchModel(vae, transformer, device, dtype), info, device
-    if args.compile:
-        raise UserError(f"--compile is for --backend torch; leave it out with {args.backend}.")
+    if args.compile or args.device == "mps":
+        raise UserError(f"--backend {args.backend} takes neither --compile nor --device mps; leave them out.")
     from support import backends
-    if args.device == "mps":
-        raise UserError(f"--backend {args.backend} does not run on mps; use --device cpu.")
     if device.type == "mps":
         device = torch.device("cpu")
     model, info = backends.load(args.backend, args.exported, device)
     backends.leave_cores_free(device)
-    if args.checkpoint:                                      # named beside an export, it must be what was exported
+    if args.checkpoint:                                      # beside --exported: it must be what was exported
         vae, transformer, _ = drr.load_checkpoint(folder)
         if model.checkpoint != {"vae": drr.fingerprint(vae), "transformer": drr.fingerprint(transformer)}:
-            raise UserError(f"{args.exported} was exported from another checkpoint than {folder}; leave --checkpoint "
-                            f"out, or export it with python export.py --checkpoint {folder}.")
+            raise UserError(f"{args.exported} was exported from another checkpoint than {folder}; leave "
+                            f"--checkpoint out, or run python export.py --checkpoint {folder}.")
     if args.precision not in ("auto", model.precision):
-        raise UserError(f"{args.exported} was exported in {model.precision}; leave --precision out, or export with "
-                        f"--precision {args.precision}.")
+        raise UserError(f"{args.exported} was exported in {model.precision}; leave --precision out, or "
+                        f"export with --precision {args.precision}.")
     return model, info, device
 
 
@@ -101,15 +102,15 @@ def repaint_mask(args, picture):
     if args.mask:
         mask = open_image(args.mask, "black").convert("L")
         if mask.size != picture.size:
-            raise UserError(f"The mask is {mask.width} x {mask.height} and the picture {width} x {height}; they must "
-                            "have the same size.")
+            raise UserError(f"The mask is {mask.width} x {mask.height} and the picture {width} x {height}; "
+                            "they must have the same size.")
         return np.array(mask) >= 128
     try:
         x0, y0, x1, y1 = (int(v) for v in args.region.split(","))
     except ValueError:
         raise UserError(f"--region is {args.region!r}; expected four whole numbers x0,y0,x1,y1.") from None
     if not (0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height):
-        raise UserError(f"--region {args.region} is empty or reaches outside the picture, which is {width} x {height}; "
+        raise UserError(f"--region {args.region} is empty or leaves the picture of {width} x {height}; "
                         "expected 0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height.")
     mask = np.zeros((height, width), bool)
     mask[y0:y1, x0:x1] = True
@@ -117,21 +118,22 @@ def repaint_mask(args, picture):
 
 
 def resize_mask(mask, size):
-    """mask (H, W) bool of a picture -> (size, size) bool of what `crop` makes of it: no hidden pixel gets lost."""
+    """mask (H, W) bool of a picture -> (size, size) bool, of what `crop` makes of the picture."""
     height, width = mask.shape
     left, top, side = crop_box(width, height, 0, 0)
     if side < size:                                          # the picture is enlarged, and its mask with it
-        box = math.floor(left), math.floor(top), math.floor(left) + side, math.floor(top) + side
-        result = np.array(Image.fromarray(mask).crop(box).resize((size, size), Image.NEAREST))
-    else:                                                    # every pixel falls into one of the model's
-        rows, columns = np.nonzero(mask)
-        rows, columns = rows - top, columns - left           # of their corners, from the corner of the square
-        seen = (rows > -1) & (rows < side) & (columns > -1) & (columns < side)
+        x, y = math.floor(left), math.floor(top)
+        square = Image.fromarray(mask).crop((x, y, x + side, y + side))
+        result = np.array(square.resize((size, size), Image.NEAREST))
+    else:                                                    # one hidden pixel hides the one that it falls into
+        corners = np.argwhere(mask) - (top, left)            # (P, 2): row and column in the square
+        seen = corners[((corners > -1) & (corners < side)).all(1)]
+        rows, columns = (seen * size / side).clip(0).astype(int).T
         result = np.zeros((size, size), bool)
-        result[(rows[seen] * size / side).clip(0).astype(int), (columns[seen] * size / side).clip(0).astype(int)] = True
+        result[rows, columns] = True
     if not result.any():
-        raise UserError("Nothing is left to repaint: the region is empty or outside the central square of the picture, "
-                        "which is all that the model sees.")
+        raise UserError("Nothing is left to repaint: the region is empty or outside the central square of "
+                        "the picture, which is all that the model sees.")
     return torch.from_numpy(result)
 
 
@@ -139,30 +141,27 @@ def output_paths(args, num):
     """The grid's path and those of the single pictures. Fails before the work rather than after it."""
     name = (args.classes or "sample").replace(",", "-").replace(" ", "_").replace("/", "_")[:40]
     out = Path(args.out or f"samples/{name}_seed{args.seed}.png")
-    single = []
-    if args.out_dir is not None:
-        single = [Path(args.out_dir) / f"{i:03d}.png" for i in range(num)]
-    inputs = {Path(path).resolve() for path in (args.image, args.mask) if path}
-    drawn = {path.resolve() for path in single}
-    check_writable(out, inputs | drawn)
-    for path in single[:1]:
-        check_writable(path)
-    if inputs & drawn:
-        raise UserError(f"A picture in --out-dir {args.out_dir} would replace --image or --mask; give it another folder.")
+    folder = Path(args.out_dir or "")
+    single = [folder / f"{i:03d}.png" for i in range(num)] if args.out_dir is not None else []
+    inputs = [Path(path) for path in (args.image, args.mask) if path]
+    check_writable(out, [*inputs, *single])
+    check_writable(out if not single else single[0])
+    if {path.resolve() for path in single} & {path.resolve() for path in inputs}:
+        raise UserError(f"--out-dir {args.out_dir} would replace --image or --mask; give it another folder.")
     return out, single
 
 
 def check_writable(path, others=()):
-    """Raises UserError if no picture can be written at `path`, or if it is one of the resolved paths `others`."""
+    """Raises UserError if no picture can be written at `path`, or if it is one of the paths `others`."""
     if path.suffix.lower() != ".png" or path.is_dir():
         raise UserError(f"{path} cannot be the picture; expected the name of a file that ends in .png.")
-    if path.resolve() in others:
+    if path.resolve() in {other.resolve() for other in others}:
         raise UserError(f"{path} would be replaced by the result; give --out another name.")
     path.parent.mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=path.parent).close()
 
 
-# === Pictures: noise -> codes -> pixels =======================================================================
+# === Pictures: noise -> codes -> pixels =====================================================================
 def hide(images, hidden):
     """Paints the hidden stacks of images (B, 3, S, S) grey."""
     side = math.isqrt(hidden.shape[1])
@@ -173,11 +172,12 @@ def hide(images, hidden):
 def generate(model, cond, images, seed, c, update, bar, codes=None, region=None, keep=()):
     """The pictures number `images` of a seed, for the conditions cond (B, L): (B, 3, S, S).
 
-    codes (B, N, D) and region (N,): in-painting. keep: the updates of the draft that are to be shown; if there are
-    any, the second result is a list of pictures (B, 3, S, S): the draft after each, and the end of each revision.
+    codes (B, N, D) and region (N,): in-painting. keep: the updates of the draft that are to be shown, in which
+    case the second result is a list of pictures (B, 3, S, S), of these and of the end of each revision.
     """
     noise = drr.draw_noise(seed, images, 1 + c.rounds, model.positions, model.depth)
-    hidden, ends = [], {}                                    # ends: codes after the draft (0) and each revision
+    hidden = []
+    ends = {}                                                # round: codes at its end; 0 is the draft
     for number, state in enumerate(drr.draft_and_revise(model, cond, noise, c, codes, region, update)):
         bar.update()
         bar.set_postfix_str(f"{state.phase} {state.round or ''}", refresh=False)
@@ -186,19 +186,19 @@ def generate(model, cond, images, seed, c, update, bar, codes=None, region=None,
         ends[state.round] = state.codes
     if not keep:
         return model.decode(state.codes), []
+    # A draft does not change what it has drawn: its end, with what was hidden in grey, shows any of its states.
     draft, *revisions = (model.decode(codes) for codes in ends.values())
-    # What a draft has drawn it does not change: its last codes, with what was hidden then painted over, show it.
-    return [draft, *revisions][-1], [*(hide(draft, h) for h in hidden), *revisions]
+    return (revisions or [draft])[-1], [*(hide(draft, h) for h in hidden), *revisions]
 
 
 def reconstruct(args, device):
-    """--reconstruct: a picture beside its decodes from depth 1 .. D, which need no transformer."""
+    """--reconstruct: a picture beside its decodes from depth 1 .. D, for which no transformer is needed."""
     if args.given - {"reconstruct", "out", "checkpoint", "device"}:
-        raise UserError("--reconstruct goes with --out, --checkpoint and --device only; leave the other options out.")
+        raise UserError("--reconstruct takes --out, --checkpoint and --device only; leave other options out.")
     vae, _ = drr.load_vae(Path(BUNDLED if args.checkpoint is None else args.checkpoint) / "vae.safetensors")
     original = to_float(crop(open_image(args.reconstruct), vae.size)[None], device)
     out = Path(args.out or "samples/reconstruction.png")
-    check_writable(out, {Path(args.reconstruct).resolve()})
+    check_writable(out, [Path(args.reconstruct)])
     images = drr.reconstructions(vae.to(device), original)
     save_picture(grid(to_pixels(images), len(images), max(1, 256 // vae.size)), out)
     print(f"original, then depths 1 to {len(images) - 1} -> {out}")
@@ -209,21 +209,21 @@ def main():
     device, dtype = pick_device(args)
     if args.reconstruct:
         return reconstruct(args, device)
-    part_given = bool(args.region or args.mask)
-    if bool(args.image) != part_given or args.region and args.mask or args.paste and not args.image:
-        raise UserError("Repainting needs --image with either --region or --mask; --paste goes with them.")
 
-    # --- what to draw, checked before any of it is drawn ------------------------------------------------------
+    # --- what to draw, checked before any of it is drawn ----------------------------------------------------
+    parts = bool(args.region) + bool(args.mask)
+    if parts != bool(args.image) or args.paste and not args.image:
+        raise UserError("Repainting needs --image with either --region or --mask; --paste goes with them.")
     model, info, device = load_model(args, device, dtype)
     classes = pick_classes(args.classes, info)
     c = sampling_values(info, args.flags + args.overrides, model.positions)
-    if set(classes) == {None}:                               # null against null: guidance would change nothing
+    if set(classes) == {None}:                               # null against null: guidance changes nothing
         c.draft_guidance = c.revise_guidance = 1.0
     if args.backend != "torch":                              # the largest power of two that the graphs take
         c.batch_size = min(c.batch_size, 2 ** int(math.log2(model.max_batch)))
     num = args.num if args.num is not None else max(16, len(classes))
     if not len(classes) <= num <= 100_000:
-        raise UserError(f"--num is {num}; expected a number from {len(classes)} (one for each class) to 100000.")
+        raise UserError(f"--num is {num}; expected {len(classes)} (one for each class) to 100000.")
     if not 0 <= args.seed < 2 ** 63:
         raise UserError(f"--seed is {args.seed}; expected a number from 0 to {2 ** 63 - 1}.")
     original = mask = codes = region = None
@@ -231,9 +231,9 @@ def main():
         picture = open_image(args.image)
         mask = resize_mask(repaint_mask(args, picture), model.size).to(device)
         original = to_float(crop(picture, model.size)[None], device)
-        codes = model.encode(original)                       # (1, N, D)
+        codes = model.encode(original)                                             # (1, N, D)
         f = model.size // model.side
-        region = mask.view(model.side, f, model.side, f).any(3).any(1).flatten()     # (N,): any pixel hides a stack
+        region = mask.view(model.side, f, model.side, f).any(3).any(1).flatten()   # (N,): of any pixel
         c.t_draft = min(c.t_draft, int(region.sum()))
         c.t_revise = min(c.t_revise, int(region.sum()))
     out, single = output_paths(args, num)
@@ -242,7 +242,7 @@ def main():
         from support import fast
         update = fast.compiled_update(model)
 
-    # --- codes, in batches; then pixels -----------------------------------------------------------------------
+    # --- codes, in batches; then pixels ---------------------------------------------------------------------
     labels = [model.null if k is None else k for k in classes]
     keep = sorted({round(t) for t in np.linspace(0, c.t_draft - 1, 6)}) if args.strip else ()
     pixels, strips = [], []
@@ -251,17 +251,16 @@ def main():
     with tqdm(total=updates, desc="sampling", unit="update") as bar:
         for first in range(0, num, c.batch_size):
             count = min(c.batch_size, num - first)
-            # Batches are powers of two, the last one with spare pictures that are thrown away: at these sizes a CPU's
-            # products gave the same bits for a picture in any batch, at 3 bf16's did not. Other backends may differ.
-            # What is compiled is compiled for one size.
+            # Batches are powers of two, the last with spare pictures that are thrown away: at these sizes a
+            # CPU's products gave the same bits for a picture in any batch, at 3 those of bf16 did not. Other
+            # backends may differ. What is compiled is compiled for one size.
             size = min(num, c.batch_size) if args.compile else count
             images = range(first, first + 2 ** math.ceil(math.log2(size)))
-            cond = torch.tensor([[labels[i % num % len(classes)]] for i in images], device=device)       # (B, 1)
-            known = None if codes is None else codes.expand(len(images), -1, -1)                         # (B, N, D)
+            cond = torch.tensor([[labels[i % num % len(labels)]] for i in images], device=device)  # (B, 1)
+            known = None if codes is None else codes.expand(len(images), -1, -1)                   # (B, N, D)
             drawn, states = generate(model, cond, images, args.seed, c, update, bar, known, region, keep)
             if args.paste:
-                drawn = torch.where(mask, drawn, original)
-                states = [torch.where(mask, state, original) for state in states]
+                drawn, *states = (torch.where(mask, x, original) for x in (drawn, *states))
             pixels.extend(to_pixels(drawn[:count]))
             if args.strip:
                 strips.extend(to_pixels(torch.stack(states, 1)[:count].flatten(0, 1)))
@@ -269,25 +268,23 @@ def main():
                 save_picture(Image.fromarray(image), path)
     seconds = time.time() - started
 
-    # --- the grid ---------------------------------------------------------------------------------------------
-    scale, shown = max(1, 128 // model.size), min(num, 400)
-    columns = math.ceil(math.sqrt(shown))
+    # --- the grid -------------------------------------------------------------------------------------------
+    shown = min(num, 400)
+    columns = len(classes) if 1 < len(classes) <= 16 else math.ceil(math.sqrt(shown))
+    tiles = pixels[:shown]
     if args.strip:
         columns = len(keep) + c.rounds
-        picture = grid(strips[:shown * columns], columns, scale)
+        tiles = strips[:shown * columns]
     elif args.image:
-        before = to_pixels(torch.cat([original, torch.where(mask, 0.0, original)]))
-        picture = grid([*before, *pixels[:shown]], min(shown + 2, 6), scale)
-    else:
-        if 1 < len(classes) <= 16:
-            columns = len(classes)
-        picture = grid(pixels[:shown], columns, scale)
-    save_picture(picture, out)
+        columns = min(shown + 2, 6)
+        tiles = [*to_pixels(torch.cat([original, torch.where(mask, 0.0, original)])), *tiles]
+    save_picture(grid(tiles, columns, max(1, 128 // model.size)), out)
     named = ", ".join("no class" if k is None else f"{info.titles[k]} ({k})" for k in classes[:8])
     precision = precision_name(dtype) if args.backend == "torch" else model.precision
-    print(f"{named}{', ...' * (len(classes) > 8)}: {num} images in {seconds:.1f} s, {seconds / num:.2f} s per image "
-          f"({args.backend}, {device}, {precision}) -> {out}{f' (the first {shown})' * (shown < num)}"
-          + (f" and {args.out_dir}/" if single else ""))
+    named += ", ..." * (len(classes) > 8)
+    print(f"{named}: {num} images in {seconds:.1f} s, {seconds / num:.2f} s per image "
+          f"({args.backend}, {device}, {precision}) -> {out}" + f" (the first {shown})" * (shown < num)
+          + f" and {args.out_dir}/" * bool(single))
 
 
 if __name__ == "__main__":
