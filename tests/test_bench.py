@@ -1,4 +1,4 @@
-"""What tools/bench.py and tools/machine.py say: operations as torch counts them, and rows for every mode and stage."""
+"""tools/bench.py and tools/machine.py: operations as torch counts them, a row for every mode and stage."""
 import re
 
 import numpy as np
@@ -9,7 +9,6 @@ from processes import execute
 from torch.utils.flop_counter import FlopCounterMode
 
 import drr
-from support import common
 from tools import machine, strategies
 
 N = 16
@@ -27,7 +26,8 @@ class Model:
 
 @pytest.mark.parametrize("depth, settings", [
     (4, {}), (1, {"t_draft": 5, "t_revise": 3}), (4, {"draft_guidance": 2.0, "draft_growing": True}),
-    (4, {"draft_pool": 0.5, "revise_guidance": 1.0}), (1, {"draft_ramp": True, "draft_guidance": 2.0, "rounds": 0}),
+    (4, {"draft_pool": 0.5, "revise_guidance": 1.0}),
+    (1, {"draft_ramp": True, "draft_guidance": 2.0, "rounds": 0}),
     (4, {"revise_share": 0.3, "t_revise": 4, "revise_better": True})])
 def test_counts_the_operations_that_torch_counts(depth, settings):
     transformer, c = tiny_transformer(N, depth, n_spatial=3), sample_section(**settings)
@@ -48,7 +48,8 @@ def test_peak_memory_is_that_since_the_reset():
 
 
 def table(text):
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("| ")]
+    lines = [line.strip("|").split("|") for line in text.splitlines() if line.startswith("| ")]
+    rows = [[cell.strip() for cell in line] for line in lines]
     return [dict(zip(rows[0], row, strict=True)) for row in rows[2:]]
 
 
@@ -57,9 +58,9 @@ def number(text):
 
 
 def test_bench_times_every_mode_and_keeps_the_export(tmp_path):
-    arguments = ["tools.bench", "--preset", "smoke", "--t-draft", 8, "--repeat", 1, "--precision", "fp32", "rounds=1"]
-    done = execute(*arguments, "--mode", "eager,eager:bf16,plain,raster,onnx", "--batch", "1,2", "--exported", "kept",
-                   cwd=tmp_path)
+    arguments = ("tools.bench --preset smoke --t-draft 8 --repeat 1 --precision fp32 --exported kept "
+                 "rounds=1").split()
+    done = execute(*arguments, "--mode", "eager,eager:bf16,plain,raster,onnx", "--batch", "1,2", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     rows = table(done.stdout)
     modes = [("eager", "fp32", "8"), ("eager", "bf16", "8"), ("plain", "fp32", "8"), ("raster", "fp32", "64"),
@@ -71,8 +72,11 @@ def test_bench_times_every_mode_and_keeps_the_export(tmp_path):
         assert number(row["GFLOP/s"]) == pytest.approx(flops / seconds, rel=0.1, abs=0.5)
         assert number(row["peak MiB"]) > 100 and number(row["first decode, s"]) > 0
         parts = row["spatial, depth, sampling, decoder"]
-        assert parts == "-" if row["mode"] == "plain" else abs(sum(map(int, re.findall(r"\d+", parts))) - 100) <= 2
-    done = execute(*arguments, "--mode", "onnx", "--batch", 2, "--exported", "kept", cwd=tmp_path)
+        if row["mode"] == "plain":
+            assert parts == "-"
+        else:
+            assert abs(sum(map(int, re.findall(r"\d+", parts))) - 100) <= 2
+    done = execute(*arguments, "--mode", "onnx", "--batch", 2, cwd=tmp_path)
     assert done.returncode == 0 and "is up to date" in done.stdout, done.stderr
 
 
@@ -86,10 +90,12 @@ def test_bench_times_training_steps(tmp_path):
 
 
 @pytest.mark.parametrize("arguments, word", [
-    (["--mode", "warp"], "warp"), (["--mode", "eager:fp8"], "eager:fp8"), (["--t-draft", 65], "64"), (["--batch", 0], "--batch"),
-    (["--preset", "imagnet"], "imagnet"), (["--preset", "smoke", "--train", "smoke"], "exclude"), (["t_darft=3"], "t_draft"),
-    (["t_draft=3"], "--t-draft"), (["--train", "smoke", "--batch", 2], "--batch"), (["--repeat", 0], "--repeat"),
-    (["--batch", "x"], "whole"), (["--mode", "plain", "order=sobol"], "plain")])
+    (["--mode", "warp"], "warp"), (["--mode", "eager:fp8"], "eager:fp8"), (["--t-draft", 65], "64"),
+    (["--batch", 0], "--batch"), (["--preset", "imagnet"], "imagnet"),
+    (["--preset", "smoke", "--train", "smoke"], "exclude"), (["t_darft=3"], "t_draft"),
+    (["t_draft=3"], "--t-draft"), (["--train", "smoke", "--batch", 2], "--batch"),
+    (["--repeat", 0], "--repeat"), (["--batch", "x"], "whole"),
+    (["--mode", "plain", "order=sobol"], "plain")])
 def test_mistakes_are_one_sentence(arguments, word, tmp_path):
     done = execute("tools.bench", *arguments, cwd=tmp_path)
     assert done.returncode == 2 and "Traceback" not in done.stderr and word in done.stderr.splitlines()[-1]

@@ -1,18 +1,17 @@
-"""Measures how fast decoding and training are, beside the matrix products that the same machine does meanwhile.
+"""Measures how fast decoding and training are, beside the matrix products of the same machine meanwhile.
 
     python -m tools.bench                                     # the bundled checkpoint, eager and compiled
-    python -m tools.bench --mode eager,plain,raster           # beside a plain decode, and one position at a time
-    python -m tools.bench --mode eager:fp32,eager:bf16,onnx   # exports first; trt on a machine with TensorRT
-    python -m tools.bench --preset imagenet-821m --batch 1,100 --t-draft 8,32,64 --mode eager,graphs,compiled+graphs
-    python -m tools.bench --train tiny-imagenet-32            # training steps of both stages, on random pictures
+    python -m tools.bench --mode eager,plain,raster           # a plain decode, and one position at a time
+    python -m tools.bench --mode eager:fp32,eager:bf16,onnx   # exports first
+    python -m tools.bench --preset imagenet-821m --batch 1,100 --t-draft 8,32,64 --mode eager,graphs,trt
+    python -m tools.bench --train tiny-imagenet-32            # both trainers, on random pictures
 
 Modes: eager; compiled (support/fast.py); on a GPU graphs and compiled+graphs (its CUDA graphs); onnx and trt
-(support/backends.py); plain (tools/strategies.py: every position through everything, no cache); raster (one position
-at a time in raster order, no revision). MODE:PRECISION gives a mode a precision of its own. Each mode runs in a
-process of its own, so that its memory is its own, and all decode in turns, since a machine's speed varies. Sampling
-values are the checkpoint's or the preset's; key=value changes them.
+(support/backends.py); plain (tools/strategies.py: every position through everything, no cache); raster (one
+position at a time in raster order, no revision). MODE:PRECISION gives a mode a precision of its own. Each
+mode runs in a process of its own, so that its memory is its own, and all decode in turns, since a machine's
+speed varies. Sampling values are the checkpoint's or the preset's; key=value changes them.
 """
-import argparse
 import contextlib
 import csv
 import itertools
@@ -20,6 +19,7 @@ import statistics
 import sys
 import tempfile
 import time
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 
 import numpy as np
@@ -40,12 +40,11 @@ from tools.machine import decode_flops, decoder_flops, peak_memory, random_check
 
 TORCH_MODES = ("eager", "compiled", "graphs", "compiled+graphs", "plain", "raster")
 MODES = (*TORCH_MODES, "onnx", "trt")
-PAPER = [f"{key}={str(value).lower()}" for key, value in strategies.DEFAULTS.items()]
 
 
 # === Processes: each has something to do whenever it is asked ===============================================
 def start(task, *arguments):
-    """Starts task(connection, *arguments) in a process of its own; returns the other end of the connection."""
+    """Starts task(connection, *arguments) in a process of its own; returns our end of the connection."""
     context = torch.multiprocessing.get_context("spawn")
     here, there = context.Pipe()
     context.Process(target=serve, args=(task, there, *arguments), daemon=True).start()
@@ -100,16 +99,16 @@ def mode_values(mode, info, overrides, positions, t_draft=None):
     """The sampling values of a mode."""
     c = strategies.sampling_values(info, overrides, positions)
     if mode == "plain" and any(getattr(c, key) != value for key, value in strategies.DEFAULTS.items()):
-        raise UserError(f"Mode plain knows the paper's strategy only ({' '.join(PAPER)}); leave the others out, or plain.")
+        raise UserError("Mode plain knows the paper's strategy only; leave it out, or these values: "
+                        f"{', '.join(strategies.DEFAULTS)}.")
     c.t_draft = t_draft or c.t_draft
     if mode == "raster":
-        paper = {key: value for key, value in strategies.DEFAULTS.items()}
-        vars(c).update(paper, t_draft=positions, rounds=0)
+        vars(c).update(strategies.DEFAULTS, t_draft=positions, rounds=0)
     return c
 
 
 def decode_worker(connection, args, mode, precision, device, exported):
-    """Answers (batch, t_draft, whether to watch the parts) by (seconds, peak bytes, shares of the parts or None)."""
+    """Answers (batch, t_draft, watch) by (seconds, peak bytes, the parts' shares of the time if `watch`)."""
     torch.set_num_threads(args.threads)
     torch.backends.cudnn.allow_tf32 = precision != "fp32"     # the exported float32 does without
     before = device_use(device)
@@ -178,8 +177,8 @@ def export_for(args, source, folder):
 
 
 def decode_rows(workers, args, batch, t_draft, rates, device, bar):
-    """(mode's name, seconds, ratio, peak bytes, shares, seconds of the first decode) for each mode; `rates` gets more
-    measurements of the machine."""
+    """Yields for each mode its name, seconds, how much faster than the first mode, peak bytes, the parts'
+    shares of the time and the seconds of the first decode. `rates` gets more measurements of the machine."""
     answers = {name: [] for name in workers}
     for trial in range(1 + args.repeat):                      # the first is the warm-up
         for precision, measured in rates.items():
@@ -218,12 +217,12 @@ def decode_table(args, device):
                 rows.append((batch, t_draft, *row))
     rates = {precision: statistics.median(measured) for precision, measured in rates.items()}
     name = f"{args.preset}, random weights" if args.preset else Path(args.checkpoint or BUNDLED).name
-    products = ", ".join(f"{precision} products {rate / 1e9:,.0f} GFLOP/s" for precision, rate in rates.items())
-    print(f"{name}, guidance {c.draft_guidance} / {c.revise_guidance}, {c.rounds} revisions of {c.t_revise} updates; "
-          f"{describe(device)}; {products}")
-    columns = ["mode", "precision", "batch", "T_draft", "s per image", "images/s", f"as fast as {args.mode[0][0]}",
-               "GFLOP per image", "GFLOP/s", "of fp32 / bf16 products", "peak MiB",
-               "spatial, depth, sampling, decoder", "first decode, s"]
+    products = ", ".join(f"{name} products {rate / 1e9:,.0f} GFLOP/s" for name, rate in rates.items())
+    print(f"{name}, guidance {c.draft_guidance} / {c.revise_guidance}, {c.rounds} revisions of {c.t_revise} "
+          f"updates; {describe(device)}; {products}")
+    columns = ["mode", "precision", "batch", "T_draft", "s per image", "images/s",
+               f"as fast as {args.mode[0][0]}", "GFLOP per image", "GFLOP/s", "of fp32 / bf16 products",
+               "peak MiB", "spatial, depth, sampling, decoder", "first decode, s"]
     print_row(columns)
     print_row(["---"] * len(columns))
     for batch, t_draft, name, seconds, ratio, memory, shares, first in rows:
@@ -234,9 +233,10 @@ def decode_table(args, device):
         if shares:
             spatial, depth, decoder = shares
             split = ", ".join(f"{share:.0%}" for share in (spatial, depth, 1 - sum(shares), decoder))
-        print_row([mode, precision, batch, c.t_draft, f"{seconds / batch:.4f}", f"{batch / seconds:.2f}", f"{ratio:.2f}",
-                   f"{flops / 1e9:.2f}", f"{reached / 1e9:,.0f}", f"{reached / rates['fp32']:.0%} / "
-                   f"{reached / rates['bf16']:.0%}", f"{memory / 2 ** 20:,.0f}", split, f"{first:.2f}"])
+        of_products = f"{reached / rates['fp32']:.0%} / {reached / rates['bf16']:.0%}"
+        print_row([mode, precision, batch, c.t_draft, f"{seconds / batch:.4f}", f"{batch / seconds:.2f}",
+                   f"{ratio:.2f}", f"{flops / 1e9:.2f}", f"{reached / 1e9:,.0f}", of_products,
+                   f"{memory / 2 ** 20:,.0f}", split, f"{first:.2f}"])
 
 
 def print_row(cells):
@@ -266,20 +266,23 @@ def train_worker(connection, args, device):
 def train_table(args, device, dtype):
     config = load_config(args.train, args.overrides, ("data", "vae", "transformer"))
     print(f"{args.train}; {describe(device)}")
-    columns = ["stage", "precision", "images per step", "s per step", "images/s", "share of the products", "peak MiB"]
+    columns = ["stage", "precision", "images per step", "s per step", "images/s", "share of the products",
+               "peak MiB"]
     print_row(columns)
     print_row(["---"] * len(columns))
     with tempfile.TemporaryDirectory() as folder:
         pictures = max(config.vae.batch_size, config.transformer.batch_size)
         write_noise(Path(folder, "data", "train"), config.vae.resolution, pictures)
         for stage in ("vae", "transformer"):
-            settings = {"steps": 1 + args.repeat, "log_every": 1, "picture_every": 10 ** 9, "save_every": 10 ** 9}
+            never = 10 ** 9
+            settings = {"steps": 1 + args.repeat, "log_every": 1, "picture_every": never, "save_every": never}
             if stage == "vae":                                # as a step is once everything has begun
                 settings.update(disc_start=0, disc_ramp=0, quantize_start=0)
             overrides = [text for text in args.overrides if text.startswith((f"{stage}.", "data."))]
             overrides += [f"{stage}.{key}={value}" for key, value in settings.items()]
-            arguments = [args.train, "--data", f"{folder}/data", "--out", f"{folder}/out", "--device", device.type,
-                         "--precision", precision_name(dtype), "data.views=1", "data.class_views=1", *overrides]
+            arguments = [args.train, "--data", f"{folder}/data", "--out", f"{folder}/out",
+                         "--device", device.type, "--precision", precision_name(dtype),
+                         "data.views=1", "data.class_views=1", *overrides]
             worker = start(train_worker, args, device)
             memory = ask(worker, f"the stage {stage}", stage, arguments)
             with open(Path(folder, "out", f"{stage}.csv")) as f:
@@ -287,8 +290,8 @@ def train_table(args, device, dtype):
             rate = statistics.median(float(step["images_per_s"]) for step in steps)
             share = statistics.median(float(step["mfu"]) for step in steps)
             batch = getattr(config, stage).batch_size
-            print_row([stage, precision_name(dtype), batch, f"{batch / rate:.3f}", f"{rate:.1f}", f"{share:.0%}",
-                       f"{memory / 2 ** 20:,.0f}"])
+            print_row([stage, precision_name(dtype), batch, f"{batch / rate:.3f}", f"{rate:.1f}",
+                       f"{share:.0%}", f"{memory / 2 ** 20:,.0f}"])
 
 
 def write_noise(folder, size, count):
@@ -316,16 +319,18 @@ def read_modes(text, device, dtype):
             precision = precision_name(dtype)
             if mode == "onnx" and device.type == "cpu":       # where ONNX Runtime has no bf16
                 precision = "fp32"
-        if mode not in MODES or precision not in PRECISIONS or "graphs" in mode and device.type != "cuda":
-            there = [known for known in MODES if device.type == "cuda" or known not in ("graphs", "compiled+graphs", "trt")]
-            raise UserError(f"--mode {name} does not exist on {device.type}; expected some of {', '.join(there)}, each "
-                            f"alone or with a precision ({', '.join(PRECISIONS)}) as in eager:fp32.")
+        on_gpus = ("graphs", "compiled+graphs", "trt")
+        there = [known for known in MODES if device.type == "cuda" or known not in on_gpus]
+        if mode not in there or precision not in PRECISIONS:
+            raise UserError(f"--mode {name} does not exist on {device.type}; expected some of "
+                            f"{', '.join(there)}, each alone or with a precision ({', '.join(PRECISIONS)}) as in "
+                            "eager:fp32.")
         modes.append((mode, precision))
     return modes
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--checkpoint", metavar="DIR", help="a trained model (the bundled one)")
     add("--preset", help="a preset of config.yaml with random weights instead")
@@ -333,15 +338,16 @@ def main():
     add("--batch", type=whole_numbers, help="batch sizes (1,16)")
     add("--t-draft", type=whole_numbers, help="draft lengths (8,64)")
     add("--mode", help=f"some of {','.join(MODES)} (eager,compiled; on a GPU eager,graphs,compiled+graphs)")
-    add("--repeat", type=int, default=3, help="decodes or steps per row after the first; the median counts (3)")
-    add("--exported", metavar="DIR", help="keeps what onnx and trt need, and uses it again (a temporary folder)")
+    add("--repeat", type=int, default=3, help="decodes or steps after the first; the median counts (3)")
+    add("--exported", metavar="DIR", help="keep here what onnx and trt need, and use it again")
     add("--level", type=int, default=3, choices=range(6), help="TensorRT's optimization level (3)")
     add("overrides", nargs="*", metavar="key=value", help="sampling values; with --train section.key=value")
     add_device_arguments(parser)
     args = parser.parse_intermixed_args()
     idle = []
     if args.train:
-        given = {"--batch": args.batch, "--t-draft": args.t_draft, "--mode": args.mode, "--exported": args.exported}
+        given = {"--batch": args.batch, "--t-draft": args.t_draft, "--mode": args.mode,
+                 "--exported": args.exported}
         idle = [(flag, "leave it out with --train") for flag, value in given.items() if value]
     else:
         idle = [(text, "use --t-draft and --batch") for text in args.overrides
