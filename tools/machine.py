@@ -66,8 +66,8 @@ CPU_ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: cou
 
 
 def decode_flops(transformer, c):
-    """Floating-point operations of the transformer for one image (a multiply-add counts as 2): matrix products
-    only, as in torch's own counter, and only those that the algorithm needs.
+    """Floating-point operations of the transformer for one image (2 per multiply-add): matrix products only,
+    as in torch's own counter, and only those that the algorithm needs.
 
     c   sampling values: the section `sample`, with or without the keys of tools/strategies.py
     """
