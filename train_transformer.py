@@ -15,41 +15,32 @@ from tqdm import tqdm
 import drr
 from drr import UserError
 from support import data, runs
-from support.common import autocast, grid, load_config, run, sampling_values, save_picture, to_float, to_pixels
+from support.common import (autocast, grid, load_config, run, sampling_values, save_picture, to_float,
+                            to_pixels)
 
 
 # === Randomness and the loss: (seed, step) -> numbers; codes, mask -> nats ==================================
 def training_noise(seed, step, batch_size, positions, depth):
-    """What is random in a step besides the choice of images, for the whole batch: the numbers for `random_mask`
+    """What is random in a step besides the choice of images, for the whole batch: numbers for `random_mask`
     (B, 1 + N), one for the dropping of each condition (B,), and those of stochastic codes (B, N, D)."""
-    rng = np.random.default_rng([seed, step, 2])               # another stream than that of data.Views.draw
+    rng = np.random.default_rng([seed, step, 2])             # another stream than that of data.Views.draw
     uniforms = torch.from_numpy(rng.random((batch_size, 2 + positions), np.float32))
     of_codes = torch.from_numpy(rng.random((batch_size, positions, depth), np.float32))
     return uniforms[:, 1:], uniforms[:, 0], of_codes
 
 
-def step_operations(c, conditions, vae):
-    """Operations of a step per image: a forward pass of the mean share of hidden stacks, and twice as many back."""
-    with torch.device("meta"):
-        N, D = vae.side ** 2, vae.quantizer.depth
-        codebook = torch.empty_like(vae.quantizer.codebook, device="meta")
-        model = drr.ContextualRQTransformer(c, conditions, N, D, codebook)
-        codes = torch.zeros(1, N, D, dtype=torch.int64)
-        cond = torch.zeros(1, model.cond_length, dtype=torch.int64)
-        hidden = round(2 / math.pi * N)                        # E[cos(pi r / 2)] = 2 / pi
-
-    def forward():
-        h = model.context(codes, torch.ones(1, N, dtype=torch.bool, device="meta"), cond)
-        model.depth_logits(h[0, :hidden], codes[0, :hidden])
-    return 3 * runs.operations(forward)
+def step_operations(model):
+    """Operations of a step per image: 6 per parameter and token, a third of them forward; the depth transformer
+    sees the hidden stacks, 2 / pi of all in the mean."""
+    spatial = sum(p.numel() for p in model.spatial.parameters())
+    depth = sum(p.numel() for part in (model.depthwise, model.classifier) for p in part.parameters())
+    return 6 * model.positions * (spatial + 2 / math.pi * model.depth * depth)
 
 
 @torch.no_grad()
 def validation_loss(transformer, codes, cond, seed, dtype):
-    """Mean cross-entropy in nats over the hidden stacks of codes (B, N, D), all depths; the masks are always the
-    same."""
-    noise = training_noise(seed, 0, *codes.shape)[0]
-    mask = drr.random_mask(noise).to(codes.device)
+    """Mean cross-entropy in nats over hidden stacks of codes (B, N, D), under the masks of step 0."""
+    mask = drr.random_mask(training_noise(seed, 0, *codes.shape)[0]).to(codes.device)
     total = 0.0
     for part in zip(codes.split(128), mask.split(128), cond.split(128)):
         with autocast(codes.device, dtype):
@@ -59,26 +50,26 @@ def validation_loss(transformer, codes, cond, seed, dtype):
 
 def sample_grid(vae, transformer, conditions, c, device, dtype):
     """16 pictures of conditions spread over all of them, the same seeds every time."""
-    model = drr.TorchModel(*copy.deepcopy((vae, transformer)), device, dtype)          # it converts what it is given
-    cond = torch.linspace(0, conditions - 1, 16, device=device).long()[:, None].expand(-1, transformer.cond_length)
+    model = drr.TorchModel(*copy.deepcopy((vae, transformer)), device, dtype)      # it converts what it gets
+    cond = torch.linspace(0, conditions - 1, 16, device=device).long()[:, None]    # (16, 1)
     codes = drr.sample(model, cond, 0, range(16), c)
     return grid(to_pixels(model.decode(codes)), 4, max(1, 128 // vae.size))
 
 
 # === Set-up: the RQ-VAE, what is trained, the codes of a step ===============================================
 def load_vae(path, beside):
-    """The RQ-VAE, its section and its former fingerprints. `beside`: where sample.py will look for it. Raises
-    UserError where that is another one."""
+    """The RQ-VAE, its section and its former fingerprints. Raises UserError where another one is `beside` the
+    result, which is where sample.py will look for it."""
     vae, section = drr.load_vae(path)
     if beside.exists() and drr.code_fingerprint(drr.load_vae(beside)[0]) != drr.code_fingerprint(vae):
-        raise UserError(f"{beside} is another RQ-VAE than {path}; choose another --out, since the two files of one "
-                        "training lie together.")
+        raise UserError(f"{beside} is another RQ-VAE than {path}, but the files of one training lie together; "
+                        "choose another --out.")
     return vae, section, drr.former_fingerprints(path, vae)
 
 
 def build(c, conditions, vae, weights, device):
-    """The transformer with these weights (a path) or random ones, its moving average, its optimizer, and a
-    function that gives rank 0 the whole average even if it is sharded; all ranks call that together."""
+    """The transformer with these weights (a path) or random ones, its moving average, its optimizer, and what
+    gives rank 0 the whole average, sharded or not; all ranks call that together."""
     codebook = vae.quantizer.codebook.cpu()
     transformer = drr.ContextualRQTransformer(c, conditions, vae.side ** 2, vae.quantizer.depth, codebook)
     transformer.recompute = c.recompute
@@ -109,12 +100,13 @@ def cached_batch(views, cache, step, device):
 
 @torch.no_grad()
 def encode_batch(vae, images, c, noise, count, device, dtype):
-    """z, `count` times (B' / count, N, n_z), and codes (B', N, D) of images; stochastic ones draw from `noise`."""
+    """z, one (B' / count, N, n_z) per micro-batch, and codes (B', N, D), stochastic ones drawn from `noise`."""
+    temperature = c.code_temperature if c.stochastic_codes else 0.0
     z, codes = [], []
     for x, uniforms in zip(images.chunk(count), noise.to(device).chunk(count)):
         with autocast(device, dtype):
             z.append(vae.encode_latent(to_float(x, device)).float())
-        codes.append(vae.quantizer.quantize(z[-1], c.code_temperature if c.stochastic_codes else 0.0, uniforms)[0])
+        codes.append(vae.quantizer.quantize(z[-1], temperature, uniforms)[0])
     return z, torch.cat(codes)
 
 
@@ -134,7 +126,7 @@ def main():
     device, dtype = runs.join_ranks(args)
     rank, world = drr.ranks()
     if c.cond == "text":
-        raise UserError("This trainer has no text data yet; use transformer.cond=class or transformer.cond=none.")
+        raise UserError("There is no text data yet; use transformer.cond=class or transformer.cond=none.")
     rows, count = runs.micro_batches("transformer", c)
     states = runs.States(out, "transformer", args, c.keep)
     beside = out / "vae.safetensors"
@@ -161,6 +153,7 @@ def main():
     val, val_labels = data.validation_images(args.data, vae.size, 1024, classes, out / "shards")
     if val is not None:
         val = torch.cat([data.encode(vae, to_float(x, device), dtype) for x in val.split(128)])
+        val_cond = to_cond(val_labels, c, device)
 
     # --- model ----------------------------------------------------------------------------------------------
     torch.manual_seed(config.data.seed)      # the initial weights; nothing else draws from it
@@ -175,9 +168,7 @@ def main():
         forward = runs.parallel(forward, device)
 
     # --- loop -----------------------------------------------------------------------------------------------
-    log = runs.Log(out, "transformer", start)
-    operations = step_operations(c, conditions, vae)
-    speed = runs.Speed("transformer", c, count, transformer.parameters(), operations, device, dtype)
+    log = runs.Log(out, "transformer", c, start, count, step_operations(transformer), device, dtype)
     stop = runs.StopSignal()
     batches = views.batches(start, c.steps) if online else None
     title = "train_transformer"
@@ -199,9 +190,9 @@ def main():
         parts = zip(codes.chunk(count), mask.chunk(count), cond.chunk(count), z)
         for i, (codes_i, mask_i, cond_i, z_i) in enumerate(parts):
             runs.synchronize_gradients([forward], i == count - 1)
-            targets = None
-            if c.soft_labels:
-                targets = vae.quantizer.soft_codes(z_i[mask_i], codes_i[mask_i], c.code_temperature)   # (P, D, K)
+            targets = None                   # the codes
+            if c.soft_labels:                # (P, D, K)
+                targets = vae.quantizer.soft_codes(z_i[mask_i], codes_i[mask_i], c.code_temperature)
             with autocast(device, dtype):
                 loss, accuracy = forward(codes_i, mask_i, cond_i, targets)         # (D,), means over P stacks
             share = mask_i.sum() / n_hidden  # every hidden stack of the step counts the same
@@ -220,32 +211,31 @@ def main():
         look = done % c.picture_every == 0 or last
         save = done % c.save_every == 0 or last or stopping
         result = whole_ema() if look or save else None         # on rank 0
-        speed.count(done)
+        log.count(done)
         if look or done % c.log_every == 0:
-            pace = speed.read()
-            usage, perplexity = drr.codebook_usage(runs.gather_codes(codes.flatten(0, 1)), config.vae.codebook_size)
-            by_depth = {name: runs.total(value).tolist() for name, value in terms.items()}
-            by_depth.update(usage=usage.tolist(), perplexity=perplexity.tolist())
+            codes = runs.gather_codes(codes.flatten(0, 1))                         # (B N, D)
+            usage, perplexity = drr.codebook_usage(codes, config.vae.codebook_size)
+            by_depth = {name: runs.total(value) for name, value in terms.items()}
+            by_depth |= {"usage": usage, "perplexity": perplexity}
             val_loss = None
             if look and rank == 0:
                 result.to(device)
                 if val is not None:
-                    val_loss = validation_loss(result, val, to_cond(val_labels, c, device), config.data.seed, dtype)
+                    val_loss = validation_loss(result, val, val_cond, config.data.seed, dtype)
                 picture = sample_grid(vae, result, conditions, how, device, dtype)
                 save_picture(picture, out / f"samples_{done:06d}.png")
                 result.to("cpu" if c.shard else device)
-            log.write(done, by_depth, loss=sum(by_depth["loss"]) / D, grad_norm=norm.item(), lr=rate, **pace,
-                      tokens_per_s=pace["images_per_s"] * N * D, val_loss=val_loss)
+            loss = sum(by_depth["loss"].tolist()) / D
+            log.write(done, by_depth, loss=loss, grad_norm=norm.item(), lr=rate, val_loss=val_loss)
         if save:
             states.save(done)
             if rank == 0 and not stopping:
                 drr.save_transformer(out / "transformer.safetensors", result, config, classes, titles, vae)
         if look:
             log.draw()
-            speed.restart()                  # the speed is that of training
         if stopping and not last:
             stop.leave(done)
-    result = whole_ema()                     # also if nothing was left to train: with today's sampling defaults
+    result = whole_ema()                     # also if nothing was left to train: with today's sampling values
     if rank == 0:
         drr.save_transformer(out / "transformer.safetensors", result, config, classes, titles, vae)
     print(f"wrote {out / 'transformer.safetensors'}")

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import drr
@@ -58,14 +59,9 @@ class Discriminator(nn.Module):
         return self.head(x), features
 
 
-def hinge_loss(real, fake):
-    """L_disc = (mean max(0, 1 - D(x)) + mean max(0, 1 + D(x_hat))) / 2, of logits (Lim and Ye 2017)."""
-    return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
-
-
 class HingeLoss(nn.Module):
-    """images (B, 3, S, S), real and fake -> L_disc and the mean logits of either. It is a module because
-    DistributedDataParallel wants one forward pass for one backward pass."""
+    """L_disc = (mean max(0, 1 - D(x)) + mean max(0, 1 + D(x_hat))) / 2 (Lim and Ye 2017), and the mean logits,
+    of images (B, 3, S, S) real and fake. A module, because DistributedDataParallel wants one forward pass."""
 
     def __init__(self, discriminator):
         super().__init__()
@@ -74,16 +70,11 @@ class HingeLoss(nn.Module):
     def forward(self, real, fake):
         real = self.discriminator(real)[0].float()
         fake = self.discriminator(fake)[0].float()
-        return hinge_loss(real, fake), real.mean(), fake.mean()
-
-
-def generator_loss(fake):
-    """L_gan = -mean D(x_hat), of logits."""
-    return -fake.float().mean()
+        return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean()), real.mean(), fake.mean()
 
 
 def feature_matching(fake, real):
-    """L_feat = mean_l mean |D_l(x_hat) - D_l(x)|, of the features of layers l (pix2pixHD, Wang et al. 2018)."""
+    """L_feat = mean_l mean |D_l(x_hat) - D_l(x)|, of the layers' features (pix2pixHD, Wang et al. 2018)."""
     return torch.stack([(a.float() - b.float()).abs().mean() for a, b in zip(fake, real)]).mean()
 
 
@@ -97,9 +88,9 @@ def adaptive_weight(reconstruction, adversarial, last_layer):
 def adversary_share(step, c):
     """How much of the adversary the decoder feels: from vae.disc_start on, it rises to 1 in disc_ramp steps.
     DEVIATION: in the paper it is there at once; a discriminator that has yet to learn gives bad advice."""
-    if step >= c.disc_start + c.disc_ramp:
-        return 1.0
-    return max(0, step - c.disc_start) / c.disc_ramp
+    if step < c.disc_start:
+        return 0.0
+    return min(1.0, (step - c.disc_start) / c.disc_ramp) if c.disc_ramp else 1.0
 
 
 # === The perceptual distance: two images (B, 3, S, S) in [-1, 1] -> (B, ...), to be averaged ================
@@ -171,7 +162,7 @@ def objective(c, vae, disc, distance, dtype, x, recon, commitment, beta, share):
         disc.requires_grad_(False)
         with autocast(x.device, dtype):
             logits, features = disc(recon)
-        terms["gan"] = gan = generator_loss(logits)
+        terms["gan"] = gan = -logits.float().mean()            # L_gan = -mean D(x_hat)
         terms["lambda"] = torch.ones_like(gan)
         if c.disc_adaptive:                  # the two gradients become equally long where the decoder ends
             terms["lambda"] = adaptive_weight(rec, gan, vae.decoder.conv_out.weight)
@@ -187,8 +178,11 @@ def objective(c, vae, disc, distance, dtype, x, recon, commitment, beta, share):
 
 
 @torch.no_grad()
-def psnr(vae, images):
-    """Peak signal-to-noise ratio of the reconstructions in dB, the mean over images (B, 3, S, S)."""
+def look_at(vae, images, path):
+    """Saves eight images (B, 3, S, S) with their decodes from depths 1 .. D as a picture; returns the peak
+    signal-to-noise ratio of all reconstructions in dB, the mean over the images."""
+    pixels = to_pixels(drr.reconstructions(vae, images[:8]))
+    save_picture(grid(pixels, 1 + vae.quantizer.depth, max(1, 64 // vae.size)), path)
     errors = [(vae.decode(vae.encode(x)).clamp(-1, 1) - x) / 2 for x in images.split(64)]
     return -10 * torch.cat([e.square().mean((1, 2, 3)) for e in errors]).log10().mean().item()
 
@@ -239,13 +233,14 @@ def build(c, weights, frozen, device):
     return {"vae": vae, "average": average, "opt": opt, "disc": disc, "disc_opt": disc_opt}
 
 
-def step_operations(c, decoder_only):
-    """Operations of a step per image: a forward pass, and twice as many back; without the losses' networks."""
-    with torch.device("meta"):
-        vae = drr.RQVAE(c)
-        encoder = runs.operations(vae.encode_latent, torch.empty(1, 3, c.resolution, c.resolution))
-        decoder = runs.operations(vae.decode_latent, torch.empty(1, vae.side ** 2, c.code_dim))
-    return (1 if decoder_only else 3) * encoder + 3 * decoder
+def step_operations(vae, image, decoder_only):
+    """Operations of a step per image: a forward pass, and twice as many back; without the loss networks."""
+    vae = copy.deepcopy(vae).to("meta")      # counts, and computes nothing
+    with FlopCounterMode(display=False) as encoder:
+        z = vae.encode_latent(image.to("meta"))
+    with FlopCounterMode(display=False) as decoder:
+        vae.decode_latent(z)
+    return (1 if decoder_only else 3) * encoder.get_total_flops() + 3 * decoder.get_total_flops()
 
 
 def main():
@@ -297,10 +292,8 @@ def main():
     hinge = runs.parallel(HingeLoss(disc), device) if disc else None
 
     # --- loop -----------------------------------------------------------------------------------------------
-    log = runs.Log(out, "vae", start)
-    speed = runs.Speed("vae", c, count, trained, step_operations(c, given), device, dtype)
+    log = runs.Log(out, "vae", c, start, count, step_operations(vae, val[:1], given), device, dtype)
     stop = runs.StopSignal()
-    unreadable = torch.zeros((), device=device)
     batches = views.batches(start, c.steps)
     bar = tqdm(batches, "train_vae", c.steps, initial=start, unit="step", disable=drr.ranks()[0] > 0)
     for step, (batch, _, bad) in enumerate(bar, start):
@@ -327,7 +320,7 @@ def main():
             vectors.append(vae.quantizer.residuals(z, codes).flatten(0, -2))       # (P D, n_z)
             chosen.append(codes.flatten(0, -2))                                    # (P, D)
         terms["grad_norm"] = runs.clip(trained, c.grad_clip)
-        terms["disc_grad_norm"] = runs.clip(disc.parameters(), 0) if adversarial else terms["disc"]        # or 0
+        terms["disc_grad_norm"] = runs.clip(disc.parameters(), 0) if adversarial else terms["disc"]    # or 0
         stopping = runs.must_stop(stop, terms, step, states.last, "a lower vae.lr")
         rate = runs.learning_rate(step, c, c.decay)
         runs.take_step([opt, disc_opt] if adversarial else [opt], rate)
@@ -341,28 +334,20 @@ def main():
         done = step + 1
         last = done == c.steps
         look = done % c.picture_every == 0 or last
-        unreadable += bad
-        speed.count(done)
+        log.count(done, bad)
         if look or done % c.log_every == 0:
-            pace = speed.read()
             usage, perplexity = drr.codebook_usage(runs.gather_codes(codes), c.codebook_size)
             quality = None
             if look and drr.ranks()[0] == 0:
-                pictures = to_pixels(drr.reconstructions(average, val[:8]))
-                pictures = grid(pictures, 1 + c.depth, max(1, 64 // c.resolution))
-                save_picture(pictures, out / f"vae_{done:06d}.png")
-                quality = psnr(average, val)
-            by_depth = {"usage": usage.tolist(), "perplexity": perplexity.tolist()}
-            log.write(done, by_depth, **runs.means(terms), lr=rate, **pace,
-                      unreadable=runs.total(unreadable).item(), val_psnr=quality)
-            unreadable.zero_()
+                quality = look_at(average, val, out / f"vae_{done:06d}.png")
+            log.write(done, {"usage": usage, "perplexity": perplexity}, **runs.means(terms), lr=rate,
+                      val_psnr=quality)
         if done % c.save_every == 0 or last or stopping:
             states.save(done)
             if drr.ranks()[0] == 0 and not stopping:
                 drr.save_vae(out / "vae.safetensors", average, config, former)
         if look:
             log.draw()
-            speed.restart()                  # the speed is that of training
         if stopping and not last:
             stop.leave(done)
     if drr.ranks()[0] == 0:

@@ -25,7 +25,6 @@ import torch.distributed as dist
 from torch.distributed.checkpoint import state_dict as sharded_states
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import drr
@@ -89,11 +88,10 @@ def join_ranks(args):
 
 
 def micro_batch(name, c, world):
-    """How many images a device takes at a time: c.micro_batch, or 0 for its whole share of the step. Raises
-    UserError where the batch cannot be shared by `world` processes in such pieces."""
+    """How many images a device takes at a time: c.micro_batch, or with 0 its whole share of the step. Raises
+    UserError where `world` processes cannot share the batch in such pieces."""
     if c.batch_size % world:
-        raise UserError(f"{name}.batch_size {c.batch_size} is no multiple of the {world} processes; change "
-                        "one of them.")
+        raise UserError(f"{name}.batch_size {c.batch_size} is no multiple of the {world} processes; change it.")
     share = c.batch_size // world
     micro = min(c.micro_batch or share, share)
     if share % micro:
@@ -124,8 +122,7 @@ def shard(transformer, ema):
     average, on the CPU."""
     rank, world = ranks()
     if world == 1:
-        raise UserError("transformer.shard spreads the model over several processes; start with torchrun, or "
-                        "leave it off.")
+        raise UserError("transformer.shard needs several processes; start with torchrun, or leave it off.")
     whole = copy.deepcopy(ema) if rank == 0 else None
     for model in (transformer, ema):
         for block in (*model.spatial, *model.depthwise):
@@ -156,12 +153,10 @@ def means(terms):
 
 def gather_codes(codes):
     """codes (P, D) of this rank -> (world * P, D) of all."""
-    world = ranks()[1]
-    if world == 1:
-        return codes
-    parts = [torch.empty_like(codes) for _ in range(world)]
-    dist.all_gather(parts, codes.contiguous())
-    return torch.cat(parts)
+    parts = [torch.empty_like(codes) for _ in range(ranks()[1])]
+    if len(parts) > 1:
+        dist.all_gather(parts, codes.contiguous())
+    return torch.cat(parts) if len(parts) > 1 else codes
 
 
 class StopSignal:
@@ -254,8 +249,7 @@ def settings_of(config, sections, precision, pictures, **others):
 
 
 def refuse_replacing(weights, force):
-    """Raises UserError where a fresh start would replace finished weights."""
-    if weights.exists() and not force:
+    if weights.exists() and not force:         # a fresh start would lose them
         raise UserError(f"{weights} is there already; add --force to replace it, or choose another --out.")
 
 
@@ -289,8 +283,7 @@ class States:
         if not args.resume:
             refuse_replacing(out / f"{stage}.safetensors", args.force)
 
-    def files(self):
-        """The states in the folder, oldest first."""
+    def files(self):                           # oldest first
         return sorted(self.out.glob(f"{self.stage}_state_{9 * '[0-9]'}.pt"))
 
     def lock(self):
@@ -303,11 +296,9 @@ class States:
         try:
             fcntl.lockf(self.locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
-            raise UserError(f"Another training is at work in {self.out}; wait for its end, or choose another "
-                            "--out.") from None
+            raise UserError(f"Another training is at work in {self.out}; wait, or choose another --out.") from None
         except OSError as error:                               # a disk without locks
-            print(f"WARNING: {self.out} cannot be locked ({error.strerror}); start no second training there",
-                  file=sys.stderr)
+            print(f"WARNING: {self.out} cannot be locked ({error.strerror}); start no other training there")
 
     def begin(self, parts, settings, sharded=None):
         """The step to begin with: 0, or that of the restored state. Raises UserError as `load` does. parts: what
@@ -317,9 +308,8 @@ class States:
         self.settings, self.sharded = settings, sharded
         start = self.load() if self.args.resume else 0
         if ranks()[0] == 0:
-            for folder in (self.out, self.out / "codes"):
-                for half_written in folder.glob(".writing-*"):         # by a run that was killed
-                    half_written.unlink(missing_ok=True)
+            for half_written in [*self.out.glob(".writing-*"), *self.out.glob("codes/.writing-*")]:
+                half_written.unlink(missing_ok=True)           # by a run that was killed
         return start
 
     def save(self, step):
@@ -408,61 +398,41 @@ class States:
             group.update(values)
 
 
-# === Speed and log: a line on the terminal and a row in OUT/STAGE.csv =======================================
-def operations(function, *inputs):
-    """Floating-point operations of the products in function(*inputs), on meta tensors: nothing is computed."""
-    with FlopCounterMode(display=False) as counter:
-        function(*inputs)
-    return counter.get_total_flops()
-
-
-class Speed:
-    """Says after three steps what the rest of a run will take, and from then on how fast it goes. operations: of
-    a step, per image, for the share of the device's matrix-product rate that training reaches (MFU)."""
-
-    def __init__(self, stage, c, count, parameters, operations, device, dtype):
-        world = ranks()[1]
-        self.stage, self.c, self.device = stage, c, device
-        self.setting = (f"on {world} x {device} {precision_name(dtype)} in {count} micro-batches of "
-                        f"{c.batch_size // world // count}, {sum(p.numel() for p in parameters) / 1e6:.1f}M "
-                        "parameters")
-        self.fastest = world * matrix_rate(device, dtype, 0.3) / operations            # images per second
-        self.restart()
-        self.times = [self.clock]
-
-    def restart(self):
-        """Leaves out the time that was spent on other things than training."""
-        self.clock, self.images = time.perf_counter(), 0
-
-    def count(self, done):
-        """To be called after each step."""
-        self.images += self.c.batch_size
-        if len(self.times) == 4:
-            return
-        synchronize(self.device)
-        self.times.append(time.perf_counter())
-        if len(self.times) == 4:
-            seconds = np.median(np.diff(self.times))           # the first step compiles, and fills caches
-            left = self.c.steps - done
-            print(f"{self.stage}: {left} more steps of {self.c.batch_size} images, {self.setting}; "
-                  f"{seconds:.3g} s per step, {tqdm.format_interval(left * seconds)} in all at this speed")
-
-    def read(self):
-        """{images_per_s, mfu} since the last reading."""
-        rate = self.images / (time.perf_counter() - self.clock)
-        self.restart()
-        return {"images_per_s": rate, "mfu": rate / self.fastest}
-
-
+# === Log: a line on the terminal and a row in OUT/STAGE.csv; the speed ======================================
 class Log:
-    """OUT/STAGE.csv, and the same on the terminal; a resumed run drops the rows of steps that it repeats."""
+    """OUT/STAGE.csv, and the same on the terminal. After three steps it says what the rest will take. A resumed
+    run drops the rows of the steps that it repeats. operations: of a step, per image, for the share of the
+    device's matrix-product rate that training reaches (MFU)."""
 
-    def __init__(self, out, stage, start):
+    def __init__(self, out, stage, c, start, count, operations, device, dtype):
+        world = ranks()[1]
         self.path, self.columns = out / f"{stage}.csv", []
+        self.c, self.device, self.times = c, device, []
+        self.announcement = (f"{stage}: {{}} more steps of {c.batch_size} images on {world} x {device} "
+                             f"{precision_name(dtype)} in {count} micro-batches of "
+                             f"{c.batch_size // world // count}; {{:.3g}} s per step, {{}} in all at this speed")
+        self.fastest = world * matrix_rate(device, dtype, 0.3) / operations            # images per second
         if ranks()[0] == 0 and start and self.path.exists():
             self.drop_rows_after(start)
         elif ranks()[0] == 0 and not start:
             self.path.unlink(missing_ok=True)
+        self.seconds = self.images = self.unreadable = 0
+        self.mark = time.perf_counter()
+
+    def count(self, done, unreadable=0):
+        """To be called after each step; unreadable: how many of its files were."""
+        if len(self.times) < 3:
+            synchronize(self.device)
+        seconds = time.perf_counter() - self.mark
+        self.mark += seconds
+        self.seconds += seconds
+        self.images += self.c.batch_size
+        self.unreadable += unreadable
+        self.times = (self.times + [seconds])[:4]
+        if len(self.times) == 3:
+            seconds = sorted(self.times)[1]    # the first step compiles, and fills caches
+            left = self.c.steps - done
+            print(self.announcement.format(left, seconds, tqdm.format_interval(left * seconds)))
 
     def drop_rows_after(self, step):
         rows = [line.split(",") for line in self.path.read_text(errors="replace").splitlines()]
@@ -474,21 +444,24 @@ class Log:
             temporary.write_text("".join(",".join(row) + "\n" for row in [rows[0], *kept]))
 
     def write(self, step, by_depth, **terms):
-        """Adds a row and prints it. terms: numbers, None where there is none; by_depth: {name: [one per depth]},
-        whose columns are NAME_1 .. NAME_D. The first row of a file decides its columns."""
-        if ranks()[0] > 0:
-            return
-        row = {"step": step, **terms}
-        shown = [f"{name} {value:.4g}" for name, value in terms.items() if value]
+        """Adds a row and prints it. terms: numbers, None where there is none; by_depth: {name: (D,)}, for columns
+        NAME_1 .. NAME_D. The first row of a file decides its columns. All ranks must call it together."""
+        rate = self.images / self.seconds
+        unreadable = total(torch.tensor(self.unreadable, device=self.device)).item()
+        row = {"step": step, **terms, "images_per_s": rate, "mfu": rate / self.fastest, "unreadable": unreadable}
+        shown = [f"{name} {value:.4g}" for name, value in row.items() if value]
         for name, values in by_depth.items():
-            row |= {f"{name}_{d}": value for d, value in enumerate(values, 1)}
+            row |= {f"{name}_{d}": value.item() for d, value in enumerate(values, 1)}
             shown.append(f"{name}_1..{len(values)} {' '.join(f'{v:.3g}' for v in values)}")
-        tqdm.write(f"step {step} {' '.join(shown)}")
-        with open(self.path, "a") as f:
-            if not self.columns:
-                self.columns = list(row)
-                print(*self.columns, sep=",", file=f)
-            print(*("" if row.get(name) is None else row[name] for name in self.columns), sep=",", file=f)
+        tqdm.write(" ".join(shown))
+        if ranks()[0] == 0:
+            with open(self.path, "a") as f:
+                if not self.columns:
+                    self.columns = list(row)
+                    print(*self.columns, sep=",", file=f)
+                print(*("" if row.get(name) is None else row[name] for name in self.columns), sep=",", file=f)
+        self.seconds = self.images = self.unreadable = 0
+        self.mark = time.perf_counter()        # looking and writing are left out of the speed
 
     def draw(self):
         """OUT/plots.png, where matplotlib is installed. If it fails, training goes on."""
@@ -499,3 +472,4 @@ class Log:
             plots.draw(self.path.parent)
         except Exception as error:
             print(f"WARNING: plots.png was not drawn ({type(error).__name__}: {error})", file=sys.stderr)
+        self.mark = time.perf_counter()

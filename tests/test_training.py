@@ -2,6 +2,7 @@
 import contextlib
 import csv
 import fcntl
+import math
 import os
 import random
 import re
@@ -17,16 +18,21 @@ import pytest
 import torch
 from conftest import REPO, TESTS
 from safetensors.torch import load_file
+from torch.utils.flop_counter import FlopCounterMode
 
 import drr
 import processes
+import train_transformer
+import train_vae
 from support import runs
+from support.common import crop, load_config, open_image, to_float
 from drr import UserError
+from processes import torchrun
 
 PHOTOS = TESTS / "photos"
 STAGES = ("vae", "transformer")
 ENVIRONMENT = {**processes.ENVIRONMENT, "OMP_NUM_THREADS": "1"}        # of several ranks
-SPEEDS = ("images_per_s", "tokens_per_s", "mfu")        # columns that are a matter of the machine
+SPEEDS = ("images_per_s", "mfu")        # columns that are a matter of the machine
 
 
 def rows(folder, stage):
@@ -181,7 +187,8 @@ def damage(path, how):
 def test_a_damaged_newest_state_falls_back_to_the_one_before_loudly(resume, six_steps, how):
     damage(resume.out / "vae_state_000000006.pt", how)
     done = finished(resume("vae"))
-    assert "WARNING" in done.output and "vae_state_000000006.pt is damaged" in done.output and "steps 4..6" in done.output
+    assert "WARNING" in done.output and "vae_state_000000006.pt is damaged" in done.output
+    assert "resuming after step 4" in done.output
     assert_same(resume.out, six_steps / "vae", "vae")
     assert (resume.out / "vae_state_000000006.pt.damaged").exists()            # nothing is thrown away
 
@@ -324,37 +331,29 @@ def test_a_full_disk_leaves_the_checkpoint_before_intact(six_steps, smoke_vae, t
 
 
 # === Infinity =======================================================================================================
-@pytest.mark.parametrize("stage, change, term", [
-    ("vae", "vae.lr=1e15", "the gradient|loss"), ("transformer", "transformer.lr=1e18", "the loss of depth 1|the gradient")])
-def test_a_loss_that_is_not_finite_stops_with_step_and_term(resume, six_steps, stage, change, term):
+@pytest.mark.parametrize("stage, change", [("vae", "vae.lr=1e15"), ("transformer", "transformer.lr=1e18")])
+def test_a_loss_that_is_not_finite_stops_with_step_and_term(resume, stage, change):
     before = {f.name: f.read_bytes() for f in resume.out.glob("*_state_*")}
-    error = refused(resume(stage, change, f"{stage}.steps=20", f"{stage}.save_every=20", "--force"), "not finite")
-    assert re.search(rf"At step (\d+) .*({term}).* is not finite", error) and int(re.search(r"step (\d+)", error)[1]) > 6
+    error = refused(resume(stage, change, f"{stage}.steps=20", f"{stage}.save_every=20", "--force"), "no finite number")
+    step, term = re.search(r"Step (\d+) gave no finite number for .*\b(loss|grad_norm)\b", error).groups()
+    assert int(step) > 6
     assert {f.name: f.read_bytes() for f in resume.out.glob("*_state_*")} == before
 
 
 def test_the_term_that_is_not_finite_is_named():
-    terms = {"loss": float("nan"), "reconstruction": 0.1, "perceptual": float("inf")}
-    with pytest.raises(UserError, match="At step 8 loss and perceptual is not finite; x.pt is good: .* a lower vae.lr"):
-        runs.refuse_infinity(terms, 7, "x.pt", "a lower vae.lr")
-    with pytest.raises(UserError, match="At step 1 the gradient is not finite; start again with a lower vae.lr"):
-        runs.refuse_infinity({"loss": 1.0}, 0, None, "a lower vae.lr")
+    stop = SimpleNamespace(received=False)
+    terms = {"loss": torch.tensor(float("nan")), "reconstruction": torch.tensor(0.1),
+             "perceptual": torch.tensor([0.1, float("inf")])}
+    with pytest.raises(UserError, match="Step 8 gave no finite number for loss, perceptual; x.pt is good: .* a lower vae.lr"):
+        runs.must_stop(stop, terms, 7, "x.pt", "a lower vae.lr")
+    with pytest.raises(UserError, match="Step 1 gave no finite number for loss.*; start again with a lower vae.lr"):
+        runs.must_stop(stop, terms, 0, None, "a lower vae.lr")
+    assert not runs.must_stop(stop, {"loss": torch.tensor(1.0)}, 0, None, "")
+    stop.received = True
+    assert runs.must_stop(stop, {"loss": torch.tensor(1.0)}, 0, None, "")
 
 
 # === Several processes ==============================================================================================
-def torchrun(count, *arguments, cwd, wrapper=(), timeout=200):
-    """torchrun with that many processes on this machine. `wrapper` is Python code to run before the script."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
-    script, *rest = map(str, arguments)
-    script = REPO / script
-    if wrapper:
-        (cwd / "wrapped.py").write_text(f"import runpy, sys\nsys.path.insert(0, {str(REPO)!r})\n{wrapper}\n"
-                                        f"runpy.run_path({str(script)!r}, run_name='__main__')\n")
-        script = cwd / "wrapped.py"
-    done = subprocess.run([*command, script, *rest], cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True, timeout=timeout)
-    return SimpleNamespace(returncode=done.returncode, output=done.stdout + done.stderr)
-
-
 EACH_RANK = """
 import torch
 from support import runs
@@ -395,7 +394,7 @@ def test_stage_two_on_two_ranks_follows_the_run_on_one_and_resumes(arguments, tm
                       "transformer.save_every=4", "--force", cwd=tmp_path))
     (tmp_path / "two" / "transformer_state_000000006.pt").unlink()
     done = finished(torchrun(2, "train_transformer.py", *arguments("transformer", "two", *more, steps=6), "--resume", cwd=tmp_path))
-    assert "steps 4..6" in done.output
+    assert "resuming after step 4" in done.output
     assert_follows(rows(tmp_path / "one", "transformer"), rows(tmp_path / "two", "transformer"), rel=1e-3)
     one, two = (weights(tmp_path / name, "transformer") for name in ("one", "two"))
     assert max((one[k].float() - two[k].float()).abs().max() for k in one) < 5e-3
@@ -470,7 +469,7 @@ def test_recomputation_changes_nothing(arguments, tmp_path):
 
 
 def test_a_plot_that_fails_does_not_stop_a_training(arguments, tmp_path):
-    pytest.importorskip("matplotlib", reason="matplotlib is not installed (requirements-train.txt)")
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed (requirements-tools.txt)")
     (tmp_path / "vae.csv").write_text("")
     done = finished(train("transformer", *arguments("transformer", tmp_path, steps=2), without=()))
     assert "WARNING: plots.png was not drawn" in done.output
@@ -490,24 +489,31 @@ def test_init_starts_from_given_weights(arguments, six_steps, tmp_path):
     refused(train("vae", *arguments("vae", six_steps / "vae", "--init", six_steps / "vae" / "vae.safetensors", "--resume")), "one of")
 
 
-def test_tensorboard_gets_what_the_csv_gets(arguments, tmp_path):
-    pytest.importorskip("tensorboard", reason="tensorboard is not installed (requirements-train.txt)")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    finished(train("transformer", *arguments("transformer", tmp_path, "--tensorboard", steps=3)))
-    events = EventAccumulator(str(tmp_path / "tensorboard" / "transformer"))
-    events.Reload()
-    losses = [(e.step, e.value) for e in events.Scalars("loss")]
-    assert losses == [(int(r["step"]), pytest.approx(float(r["loss"]))) for r in rows(tmp_path, "transformer")]
-
-
-def test_the_announcement_gives_steps_memory_and_time(arguments, tmp_path):
-    done = finished(train("transformer", *arguments("transformer", tmp_path, "transformer.micro_batch=4", steps=2)))
+def test_the_run_says_after_three_steps_what_the_rest_will_take(arguments, tmp_path):
+    done = finished(train("transformer", *arguments("transformer", tmp_path, "transformer.micro_batch=4", steps=4)))
     line = next(line for line in done.output.splitlines() if line.startswith("transformer: "))
-    assert re.search(r"2 steps of 8 images, on 1 x cpu float32 in 2 micro-batches of 4; about 0\.\d\d GB each; "
-                     r"[\d.]+ TFLOP and [\d.e-]+ s a step, [\d:]+ in all", line), line
-    log = rows(tmp_path, "transformer")[0]
-    with open(tmp_path / "transformer.csv") as f:
-        assert "tokens_per_s" in f.readline() and 0 < float(log["usage_1"]) <= 1 <= float(log["perplexity_4"]) <= 64
+    assert re.search(r"transformer: 1 more steps of 8 images on 1 x cpu fp32 in 2 micro-batches of 4; [\d.e-]+ s per "
+                     r"step, [\d:]+ in all at this speed", line), line
+    with open(tmp_path / "transformer.csv", newline="") as f:
+        log = list(csv.DictReader(f))
+    assert len(log) == 4 and all(float(row["images_per_s"]) > 0 < float(row["mfu"]) for row in log)
+    assert 0 < float(log[0]["usage_1"]) <= 1 <= float(log[0]["perplexity_4"]) <= 64
+    assert f"step 4 loss {float(log[3]['loss']):.4g} " in done.output
+
+
+def test_a_step_has_three_times_the_operations_of_a_forward_pass():
+    """Of the smallest of models, counted by hand: the RQ-VAE's first convolution, and the transformer's matrices."""
+    c = load_config("smoke")
+    vae = drr.RQVAE(c.vae)
+    image = torch.zeros(1, 3, 32, 32)
+    whole, frozen = (train_vae.step_operations(vae, image, given) for given in (False, True))
+    with FlopCounterMode(display=False) as encoder:
+        vae.encode_latent(image)
+    assert whole - frozen == 2 * encoder.get_total_flops() and whole % 3 == 0
+    model = drr.ContextualRQTransformer(c.transformer, 4, 64, 4, vae.quantizer.codebook)
+    block, classifier = 12 * 64 ** 2 + 13 * 64, 64 * 64 + 64
+    expected = 6 * 64 * (2 * block + 2 / math.pi * 4 * (block + classifier))
+    assert train_transformer.step_operations(model) == pytest.approx(expected)
 
 
 def test_a_damaged_last_line_of_the_log_does_not_hinder(resume, six_steps):
@@ -515,3 +521,78 @@ def test_a_damaged_last_line_of_the_log_does_not_hinder(resume, six_steps):
         f.write("7,0.1")                                      # a full disk, or a machine that lost its power
     finished(resume("vae"))
     assert rows(resume.out, "vae") == rows(six_steps / "vae", "vae")
+
+
+# === --decoder-only =================================================================================================
+FINE_TUNE = ("vae.quantize_start=0", "vae.disc=spectral", "vae.disc_start=0", "vae.disc_ramp=4", "vae.disc_adaptive=false",
+             "vae.disc_weight=0.02", "vae.feature_weight=1", "vae.loss=l1", "vae.weights_ema=0.9")
+
+
+@pytest.fixture(scope="module")
+def untrained_decoder(six_steps, tmp_path_factory):
+    """A checkpoint as one of before: an RQ-VAE whose decoder is random, and a transformer that knows it by the fingerprint of
+    all its weights."""
+    folder = tmp_path_factory.mktemp("untrained")
+    vae, section = drr.load_vae(six_steps / "vae" / "vae.safetensors")
+    for module in vae.decoder.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    drr.save_vae(folder / "vae.safetensors", vae, SimpleNamespace(vae=section))
+    tensors, meta = drr.read_model(six_steps / "transformer" / "transformer.safetensors")
+    drr.save_model(folder / "transformer.safetensors", tensors, {**meta, "vae": drr.fingerprint(vae)})
+    return folder
+
+
+def fine_tune(source, out, *more, steps=40):
+    return train("vae", "smoke", "--data", PHOTOS, "--decoder-only", source, "--out", out, "--precision", "fp32", *FINE_TUNE,
+                 f"vae.steps={steps}", "vae.save_every=20", *more)
+
+
+@pytest.fixture(scope="module")
+def fine_tuned(untrained_decoder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("fine") / "tuned"
+    finished(fine_tune(untrained_decoder / "vae.safetensors", folder))
+    return folder
+
+
+def test_a_new_decoder_leaves_the_codes_alone_and_draws_better(untrained_decoder, fine_tuned):
+    before, after = (drr.load_vae(folder / "vae.safetensors")[0] for folder in (untrained_decoder, fine_tuned))
+    changed = {name.split(".")[0] for name, value in before.state_dict().items()
+               if not torch.equal(value, after.state_dict()[name])}
+    assert changed == {"decoder", "post_quant_conv"}
+    images = to_float(torch.stack([crop(open_image(path), 32) for path in sorted((PHOTOS / "val").rglob("*.JPEG"))]), "cpu")
+    with torch.no_grad():
+        assert torch.equal(before.encode(images), after.encode(images))
+        old, new = ((vae.decode(vae.encode(images)) - images).abs().mean().item() for vae in (before, after))
+    assert new < 0.8 * old
+
+
+def test_an_older_transformer_loads_beside_the_new_decoder(untrained_decoder, fine_tuned, tmp_path):
+    drr.load_checkpoint(untrained_decoder)
+    shutil.copy(untrained_decoder / "transformer.safetensors", tmp_path)
+    shutil.copy(fine_tuned / "vae.safetensors", tmp_path)
+    drr.load_checkpoint(tmp_path)
+    finished(fine_tune(fine_tuned / "vae.safetensors", tmp_path, "--force", steps=1))          # and beside the next one
+    drr.load_checkpoint(tmp_path)
+
+
+def test_a_resumed_fine_tuning_is_the_uninterrupted_one(untrained_decoder, fine_tuned, tmp_path):
+    """The spectral norms' estimates are part of the state."""
+    shutil.copytree(fine_tuned, tmp_path / "run")
+    (tmp_path / "run" / "vae_state_000000040.pt").unlink()
+    finished(fine_tune(untrained_decoder / "vae.safetensors", tmp_path / "run", "--resume"))
+    assert_same(fine_tuned, tmp_path / "run", "vae")
+
+
+def test_decoder_only_refuses_what_is_not_its_own(untrained_decoder, fine_tuned, six_steps, smoke_vae, tmp_path):
+    source = untrained_decoder / "vae.safetensors"
+    refused(fine_tune(tmp_path / "nowhere", tmp_path / "a"), "nowhere", "does not exist")
+    refused(fine_tune(source, tmp_path / "a", "vae.num_res_blocks=2"), "num_res_blocks is 1", "2")
+    refused(fine_tune(source, tmp_path / "a", "--init", source), "--init")
+    refused(fine_tune(source, tmp_path / "a", "vae.quantize_start=3"), "quantize_start")
+    refused(fine_tune(smoke_vae, fine_tuned, "--resume"), "the codes of --decoder-only")
+    refused(fine_tune(smoke_vae, fine_tuned, "--resume", "--force", "vae.steps=41"), "other codes")
+    refused(fine_tune(source, six_steps / "transformer", "--force"), "transformer.safetensors", "other codes")
+    refused(fine_tune(source, untrained_decoder), "is there already", "--force")
+    refused(train("vae", "smoke", "--official", source, "--decoder-only", source, "--out", tmp_path / "a"), "--official")
+    assert not (tmp_path / "a").exists()
