@@ -80,8 +80,9 @@ def folder(tmp_path_factory):
     Image.new("RGB", (32, 32), "red").save(folder / "photo.png")
     Image.new("L", (31, 32), 255).save(folder / "small_mask.png")
     Image.new("L", (32, 32), 0).save(folder / "black_mask.png")
-    for name in ("empty", "flat", "broken"):
+    for name in ("empty", "flat", "broken", "other"):
         (folder / name).mkdir()
+    shutil.copy(folder / "stranger" / "vae.safetensors", folder / "other")
     Image.new("RGB", (32, 32)).save(folder / "flat" / "a.png")
     for name in ("text.png", "broken/a.jpg", "file", "file.pt"):
         (folder / name).write_text("no picture")
@@ -179,7 +180,8 @@ MISTAKES = [
     ("train_vae.py --data PHOTOS", "smoke", ["smok"]),
     (VAE_DATA, "vae.codebook_size", ["vae.codebok_size=9", "vae.codebook_size=0", "vae.codebook_size=70000"]),
     (VAE_DATA, "'vae.lr'", ["vea.lr=1"]),
-    (VAE_DATA, "vae.lr=", ["vae.lr", "lr=1", "=1", "vae.lr=[1"]),
+    (VAE_DATA, "vae.lr", ["vae.lr", "vae.lr=[1", "lr=1"]),
+    (VAE_DATA, "no key ''", ["=1"]),
     (VAE_DATA, "vae.lr", [f"vae.lr={value}" for value in (
         "fast", "", "[1]", "-1", "nan", ".nan", "inf", ".inf", "1e999", "{a:1}")]),
     (VAE_DATA, "vae.steps", [f"vae.steps={value}" for value in ("1.5", "-1", "nan", ".inf", "true", "0")]),
@@ -221,13 +223,16 @@ MISTAKES = [
     (GIVEN, "text", ["transformer.cond=text"]),
     (GIVEN, "d_model", ["transformer.d_model=40"]),
     (GIVEN, "resume", ["--resume"]),
-    (GIVEN, "another RQ-VAE", ["--out stranger"]),
+    (GIVEN, "another RQ-VAE", ["--out other"]),
     # --- export.py
     ("export.py --checkpoint", "nowhere", ["nowhere"]),
 ]
 
 
-@pytest.mark.parametrize("command, word", [(f"{begin} {end}", word) for begin, word, ends in MISTAKES for end in ends])
+CASES = [(f"{begin} {end}", word) for begin, word, ends in MISTAKES for end in ends]
+
+
+@pytest.mark.parametrize("command, word", CASES)
 def test_a_mistake_is_refused_in_one_sentence(refused, command, word):
     refused(command, word)
 
@@ -243,9 +248,9 @@ def test_a_package_that_is_not_there_is_refused(refused):
     refused(f"{VAE_DATA} vae.perceptual_weight=1", "lpips")
 
 
-@pytest.mark.parametrize("arguments, word", [(["train_vae.py", "smoke"], "--data"), (["sample.py", "--num", "x"], "--num")])
-def test_the_shell_sees_the_same(tmp_path, arguments, word):
-    done = execute(*arguments, cwd=tmp_path)
+@pytest.mark.parametrize("command, word", [("train_vae.py smoke", "--data"), ("sample.py --num x", "--num")])
+def test_the_shell_sees_the_same(tmp_path, command, word):
+    done = execute(*command.split(), cwd=tmp_path)
     assert_refused(done.returncode, done.stderr, word)
     assert not list(tmp_path.iterdir())
 
@@ -260,8 +265,8 @@ def interrupt():
 
 
 def fail_in_a_worker():
-    raise drr.UserError("Caught UserError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n"
-                        "  ...\ndrr.UserError: a.png is damaged.")
+    raise drr.UserError("Caught UserError in DataLoader worker process 0.\nOriginal Traceback:\n  ...\n"
+                        "drr.UserError: a.png is damaged.")
 
 
 @pytest.mark.parametrize("main, status, sentence", [
