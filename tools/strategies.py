@@ -56,19 +56,25 @@ def decode(model, cond, noise, c, codes=None, region=None, update=drr.update):
                         "them different; leave those out, or do not compile.")
     if c.order == "sobol":
         noise = sobol_order(noise[0]), noise[1]
-    state, orders, uniforms = drr.first_state(cond, noise, codes, region)
+    order, uniforms = (tensor.to(cond.device) for tensor in noise)
+    B, N, D = uniforms.shape[1:]
+    if region is None:
+        codes = cond.new_zeros(B, N, D)
+        region = torch.ones(N, dtype=torch.bool, device=cond.device)
+    inside = [o[region[o]].view(B, -1) for o in order]             # the region, in each round's random order
+    state = State("draft", 0, codes, region.expand(B, N), log_p=torch.zeros(B, N, device=cond.device))
 
     sampling = Sampling(c.draft_temperature, c.draft_guidance, c.top_k, c.top_p)
     if c.draft_growing:
-        sets = growing_partition(orders[0], c.t_draft)
+        sets = growing_partition(inside[0], c.t_draft)
     else:
-        sets = drr.partition(orders[0], c.t_draft)
+        sets = drr.partition(inside[0], c.t_draft)
     for t, positions in enumerate(sets):
         if c.draft_ramp:
             ramp = t / max(1, len(sets) - 1)                                               # 0 .. 1
             sampling = sampling._replace(guidance=1 + ramp * (c.draft_guidance - 1))
         if c.draft_pool < 1:
-            state = update_likeliest(model, state, orders[0], positions.shape[1], c.draft_pool, uniforms[0], cond,
+            state = update_likeliest(model, state, inside[0], positions.shape[1], c.draft_pool, uniforms[0], cond,
                                      sampling, update)
         else:
             state = update(model, state, positions, uniforms[0], cond, sampling)
@@ -77,7 +83,7 @@ def decode(model, cond, noise, c, codes=None, region=None, update=drr.update):
     sampling = Sampling(c.revise_temperature, c.revise_guidance, c.top_k, c.top_p)
     for m in range(1, 1 + c.rounds):
         state = state._replace(phase="revise", round=m)
-        positions = orders[m]
+        positions = inside[m]
         if c.revise_share < 1:
             positions = least_likely(state, positions, c.revise_share)
         for positions in drr.partition(positions, c.t_revise):
@@ -152,15 +158,26 @@ def merge(chosen, this, other):
 def log_probability(model, state, positions, cond, sampling):
     """log p (B, n) of the stacks that stand at `positions` (B, n), predicted with all of them hidden."""
     hidden = state.hidden.scatter(1, positions, True)
-    h = drr.guided_context(model, state.codes, hidden, cond, positions, sampling.guidance)
-    stacks = drr.select(state.codes, positions).flatten(0, 1)                              # (P, D)
-    seen = stacks.repeat(len(h) // len(stacks), 1)                                         # by both halves of h
-    log_p = torch.zeros(len(stacks), device=h.device)
-    cache = None
-    for d in range(stacks.shape[1]):
-        p, cache = drr.code_probabilities(model, h, seen, d, cache, sampling)
+    stacks = drr.select(state.codes, positions).flatten(0, 1)                              # (P, D), P = B n
+    logits = depthwise_logits(model, state.codes, hidden, cond, positions, stacks)         # D times (P, K)
+    if sampling.guidance != 1:
+        null = depthwise_logits(model, state.codes, hidden, torch.full_like(cond, model.null), positions, stacks)
+        logits = [l_null + sampling.guidance * (l_cond - l_null) for l_cond, l_null in zip(logits, null)]
+    log_p = torch.zeros(len(stacks), device=stacks.device)
+    for d, logits_d in enumerate(logits):
+        p = drr.probabilities(logits_d, sampling)
         log_p += (p.gather(1, stacks[:, d:d + 1])[:, 0] / p.sum(1)).log()
     return log_p.view(positions.shape)
+
+
+def depthwise_logits(model, codes, hidden, cond, positions, stacks):
+    """The logits (P, K) of each depth, teacher-forced by `stacks` (P, D), at `positions` (B, n), P = B n."""
+    h = model.context(codes, hidden, cond, positions).flatten(0, 1)                        # (P, d_model)
+    cache, logits = None, []
+    for d in range(stacks.shape[1]):
+        logits_d, cache = model.depth_step(h, stacks, d, cache)
+        logits.append(logits_d.float())
+    return logits
 
 
 def least_likely(state, positions, share):
