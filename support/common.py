@@ -232,7 +232,8 @@ def explain(error):
     if isinstance(error, torch._dynamo.exc.TorchDynamoException):
         return (f"torch.compile does not work here ({type(error).__name__}: it needs a C++ compiler or, on a "
                 "GPU, Triton); leave --compile out or, in training, set the section's compile=false.")
-    if ranks()[1] > 1 and isinstance(error, RuntimeError) and re.search(r"gloo|NCCL|Dist\w*Error", repr(error)):
+    lost = re.search(r"gloo|NCCL|Dist\w*Error", repr(error))
+    if lost and isinstance(error, RuntimeError) and ranks()[1] > 1:
         return f"The connection to another process broke ({text[:80]}); find its error, then add --resume."
     return None
 
@@ -378,16 +379,3 @@ def save_picture(picture, path):
     """Writes a PIL picture as a PNG file, all or nothing."""
     with replacing(path) as temporary:
         picture.save(temporary, format="PNG")
-
-
-def peak_ram():
-    """The most bytes of RAM that this process has held so far. Raises UserError on Windows, which does not say."""
-    status = Path("/proc/self/status")               # Linux, whose getrusage counts the memory of the starting process, too
-    found = re.search(r"VmHWM:\s*(\d+)", status.read_text()) if status.exists() else None
-    if found:
-        return int(found[1]) * 1024
-    try:
-        import resource
-    except ImportError:
-        raise UserError("Memory is measured on a GPU, or on Linux and macOS; use --device cuda.") from None
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -44,7 +44,7 @@ def rewrite(path, change):
     save_file(tensors, path, {"drr": json.dumps(meta)})
 
 
-CHANGES = {                          # name of the copy: the file, and what is changed in its tensors or its meta
+CHANGES = {                          # a copy's name: the file, and what is changed in it
     "stranger": ("vae", lambda tensors, meta: tensors["quantizer.codebook"].add_(0.1)),
     "keyless": ("vae", lambda tensors, meta: meta["vae"].pop("ch")),
     "widened": ("transformer", lambda tensors, meta: meta["transformer"].update(d_model=128)),
@@ -57,7 +57,7 @@ CHANGES = {                          # name of the copy: the file, and what is c
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A checkpoint with random weights in `good`, damaged copies of it, and pictures and data of all kinds."""
+    """A checkpoint with random weights in `good`, damaged copies of it, pictures and data of all kinds."""
     folder = tmp_path_factory.mktemp("mistakes")
     good = folder / "good"
     config = common.load_config("smoke")
@@ -97,8 +97,8 @@ def contents(folder):
 
 @pytest.fixture
 def refused(folder, monkeypatch, capsys):
-    """refused("sample.py ...", word) runs a script in this process, where a mistake costs milliseconds, and expects
-    status 2, one line `error: ...` that has the word in it, and nothing written."""
+    """refused("sample.py ...", word) runs a script in this process, where a mistake costs milliseconds, and
+    expects status 2, one line `error: ...` that has the word in it, and nothing written."""
     def refused(command, word):
         before = contents(folder)
         monkeypatch.chdir(folder)
@@ -194,9 +194,11 @@ MISTAKES = [
     (VAE_DATA, "vae.ema_decay", ["vae.ema_decay=1.5"]),
     (VAE_DATA, "data.views", ["data.views=0"]),
     (VAE_DATA, "data, vae", ["transformer.lr=1"]),
-    (GIVEN, "transformer.", ["transformer.cond=image", "transformer.cond_dropout=2", "transformer.head_dim=0"]),
+    (GIVEN, "transformer.", [f"transformer.{value}" for value in (
+        "cond=image", "cond_dropout=2", "head_dim=0")]),
     (GIVEN, "sample.", [f"sample.{value}" for value in (
-        "t_draft=0", "t_revise=0", "t_drafts=9", "batch_size=0", "draft_temperature=0", "top_p=0", "rounds=2000")]),
+        "t_draft=0", "t_revise=0", "t_drafts=9", "batch_size=0", "draft_temperature=0", "top_p=0",
+        "rounds=2000")]),
     # --- train_vae.py
     (VAE, "--data", [""]),
     (f"{VAE} --data", "empty", ["empty"]),
