@@ -10,9 +10,9 @@
     decoder   codes (B, N, D)                                               -> images (B, 3, S, S)
     encoder   images (B, 3, S, S)                                           -> codes (B, N, D)
 
-Dynamic are the rows of a graph, B pictures or P stacks, and n, the positions selected per picture; `depth` is
-called D times per stack. The loop of Draft-and-Revise and every random number stay in Python (drr.py): all
-backends share them, and the same seed gives the same picture.
+Dynamic are B pictures or P stacks, the rows of a graph, and n positions per picture; `depth` is called D
+times per stack. The loop and every random number stay in Python (drr.py): on all backends, a seed gives the
+same picture.
 """
 import contextlib
 import copy
@@ -84,8 +84,7 @@ class DepthStep(Part):
         v = v + t.depth_pos[position]
         # Added to the scores, (D,): the cache is hidden from here on. A mask of bool would cost more nodes.
         bias = torch.where(self.depths < position, 0.0, -1e4).to(h.dtype)
-        old = cache.flatten(0, 1).unbind()                                # keys, values of block 0, ...
-        new = []
+        old, new = cache.flatten(0, 1).unbind(), []                       # keys, values of block 0, ...
         for block, keys, values in zip(t.depthwise, old[::2], old[1::2]):     # (P, heads, D, head_dim)
             q, key, value = block.qkv(block.ln1(v)).view(P, 3, t.heads, 1, t.head_dim).unbind(1)
             q = q * t.head_dim ** -0.5
@@ -96,8 +95,7 @@ class DepthStep(Part):
             v = v + block.proj(a.view(P, -1))
             v = v + block.fc2(F.gelu(block.fc1(block.ln2(v))))
             new += [key, value]
-        new = torch.stack(new).view(-1, 2, P, t.heads, t.head_dim)        # (blocks, 2, P, heads, head_dim)
-        return t.classifier(t.ln(v)).float(), new
+        return t.classifier(t.ln(v)).float(), torch.stack(new).view(-1, 2, P, t.heads, t.head_dim)
 
 
 class Float32Norm(nn.Module):
@@ -121,18 +119,16 @@ class FlatLinear(nn.Linear):
 def make_modules(vae, transformer, dtype):
     """Yields each graph's name and module. The transformer is a copy in `dtype`, its normalizations in
     float32, the spatial blocks' linear layers FlatLinear; in float32 the copy shares the weights."""
-    weights = {}
-    if dtype == torch.float32:
-        weights = {id(t): t for t in (*transformer.parameters(), *transformer.buffers())}
-    transformer = copy.deepcopy(transformer, weights).to(dtype)
+    lowered = dtype != torch.float32
+    shared = () if lowered else (*transformer.parameters(), *transformer.buffers())
+    transformer = copy.deepcopy(transformer, {id(tensor): tensor for tensor in shared}).to(dtype)
     for module in transformer.spatial.modules():
         if isinstance(module, nn.Linear):
             module.__class__ = FlatLinear
-    if dtype != torch.float32:
-        for module in list(transformer.modules()):
-            for name, child in module.named_children():
-                if isinstance(child, nn.LayerNorm):
-                    setattr(module, name, Float32Norm(child))
+    for module in list(transformer.modules()):
+        for name, child in module.named_children():
+            if lowered and isinstance(child, nn.LayerNorm):
+                setattr(module, name, Float32Norm(child))
     yield "spatial", Spatial(transformer).eval()
     yield "depth", DepthStep(transformer).eval()
     yield "decoder", Decoder(vae).eval()
@@ -222,8 +218,7 @@ def compare(name, run_graph, part, vae, transformer, model, size):
         ours, theirs = run_graph(*inputs)[0], vae.decode(*inputs)
     else:                                                         # all depths of a stack, through the cache
         h, stacks, _, cache = inputs
-        cache = torch.zeros_like(cache)
-        logits = []
+        cache, logits = torch.zeros_like(cache), []
         for d in range(model["depth"]):
             step, cache[..., d, :] = run_graph(h, stacks, torch.tensor([d]), cache)
             logits.append(step)
@@ -237,7 +232,6 @@ def verify(name, directory, manifest, vae, transformer):
     """onnx.checker in full, then `compare` at several sizes. Records the largest difference in the manifest
     and returns a line about it; raises UserError when it is over the bound."""
     import onnx
-
     part, precision = manifest["parts"][name], manifest["precision"]
     try:
         onnx.checker.check_model(directory / part["file"], full_check=True)
@@ -257,8 +251,7 @@ def verify(name, directory, manifest, vae, transformer):
     rows = sorted({min(n, part["max_sizes"]["rows"]) for n in (1, 2, 5)})
     results = [compare(name, run_graph, part, vae, transformer, manifest["model"], n) for n in rows]
     difference, deviation = (max(values) for values in zip(*results))
-    scale = deviation if lowered else max(1.0, deviation / 10)
-    bound = BOUNDS.get(name, BOUNDS[precision]) * scale
+    bound = BOUNDS.get(name, BOUNDS[precision]) * (deviation if lowered else max(1.0, deviation / 10))
     part["max_difference"] = difference
     what = "of all codes differ" if name == "encoder" else "largest difference to PyTorch"
     line = f"{name}: {difference:.1e} {what} (rows {', '.join(map(str, rows))}; bound {bound:.1e})"
@@ -414,7 +407,7 @@ def main():
     out = args.out.resolve()
     write = current_export if args.trt else export                # engines alone need no new graphs
     manifest = write(*drr.load_checkpoint(args.checkpoint), out, args.precision, args.max_batch)
-    size = sum((out / file).stat().st_size for part in manifest["parts"].values() for file in part["sha256"])
+    size = sum(path.stat().st_size for path in out.glob("graphs-*/*"))
     print(f"{', '.join(backends.PARTS)}: {size / 2 ** 20:.0f} MiB -> {out}/")
     if args.trt:
         build_engines(out, manifest, backends.engine_folder(out), args.level)

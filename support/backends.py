@@ -5,8 +5,7 @@
     images = model.decode(codes)
 
 `export.py` writes what is loaded here: four parts of the model as ONNX files, and manifest.json, which says
-what each part takes and returns and what its bytes must be. Inputs and outputs are torch tensors on one
-device; nothing is copied through the host. A backend imports its runtime (onnxruntime, tensorrt) itself.
+what each takes and returns and what its bytes must be. Inputs and outputs are torch tensors on one device.
 """
 import hashlib
 import json
@@ -42,8 +41,7 @@ def read_manifest(directory):
     Raises UserError for a folder that is missing, incomplete, damaged or of another version."""
     path = Path(directory) / "manifest.json"
     if not path.exists():
-        raise UserError(f"{directory} holds no exported model (no manifest.json); "
-                        f"run python export.py --out {directory}.")
+        raise UserError(f"{directory} holds no exported model; run python export.py --out {directory}.")
     again = f"export it again with python export.py --out {directory}"
     try:
         manifest = json.loads(path.read_text())
@@ -57,20 +55,15 @@ def read_manifest(directory):
     for part in manifest["parts"].values():
         for name, expected in part["sha256"].items():
             file = Path(directory) / name
-            if not file.is_file():
-                raise UserError(f"{file} is missing; {again}.")
-            if sha256(file) != expected:
-                raise UserError(f"{file} is not the file that was exported, by its SHA-256; {again}.")
+            if not file.is_file() or sha256(file) != expected:
+                raise UserError(f"{file} is missing, or was changed after the export; {again}.")
     return manifest
 
 
 def load(backend, directory, device, engines=None):
-    """The exported model of a folder, and what `drr.load_checkpoint` calls info.
-
-    backend   "onnx" (ONNX Runtime; device cpu or cuda) or "trt" (TensorRT; device cuda)
-    engines   the folder of the TensorRT engines; None is `engine_folder(directory)`
-    Raises UserError for what `read_manifest` refuses, and where a runtime, provider or engine is missing.
-    """
+    """The exported model of a folder, and what `drr.load_checkpoint` calls info. backend: "onnx" (on cpu or
+    cuda) or "trt" (cuda), whose engines lie in `engines` or else `engine_folder(directory)`. Raises UserError
+    for what `read_manifest` refuses, and where a runtime, provider or engine is missing."""
     # The one race that is left: an export that replaces this one removes files that are being read here. It
     # ends in a UserError about a file that is missing or cannot be loaded; the next call works.
     manifest = read_manifest(directory)
@@ -179,8 +172,7 @@ class OnnxSession:
         self.part, self.device = part, device
         types = {dtype for _, _, dtype in part["inputs"] + part["outputs"]}
         if device.type == "cpu" and "bfloat16" in types:
-            raise UserError("ONNX Runtime's CPU provider has no bf16; use --device cuda, or export with "
-                            "--precision fp32.")
+            raise UserError("ONNX Runtime has no bf16 on a CPU; use --device cuda, or export in fp32.")
         options = ort.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         options.log_severity_level = 3
@@ -191,8 +183,8 @@ class OnnxSession:
             # A stream of our own: torch's default one has the number 0, which means "none" to ONNX Runtime.
             self.stream = torch.cuda.Stream(device)
             provider = "CUDAExecutionProvider"
-            stream = str(self.stream.cuda_stream)
-            settings = {"device_id": device.index or 0, "use_tf32": "0", "user_compute_stream": stream}
+            settings = {"device_id": device.index or 0, "use_tf32": "0",
+                        "user_compute_stream": str(self.stream.cuda_stream)}
         file = Path(directory) / part["file"]
         try:
             self.session = ort.InferenceSession(file, options, providers=[(provider, settings)])
@@ -239,7 +231,7 @@ def import_tensorrt():
 
 
 def engine_folder(directory):
-    """Engines lie beside the exported folder, since they outlive the export that they were built from."""
+    """Beside the exported folder, since engines outlive the export that they were built from."""
     return Path(f"{Path(directory).resolve()}-engines")
 
 
@@ -291,11 +283,9 @@ def read_plan(trt, folder, manifest, name):
 
 
 class TensorRTEngine:
-    """One part as a TensorRT engine. What it returns stays valid until the next call with the same shapes.
-
-    Each set of shapes has its own buffers, execution context and CUDA graph, made when it first comes, since
-    a captured graph is undefined once its context has been given other shapes.
-    """
+    """One part as a TensorRT engine. What it returns stays valid until the next call with the same shapes,
+    which have buffers, execution context and CUDA graph of their own: a captured graph is undefined once its
+    context has been given other shapes."""
 
     def __init__(self, trt, plan, name, part, device):
         self.trt, self.name, self.part, self.device = trt, name, part, device
@@ -322,7 +312,8 @@ class TensorRTEngine:
         return outputs
 
     def prepare(self, inputs):
-        """CUDA graph, input and output buffers for the shapes of the inputs, and what must stay alive."""
+        """CUDA graph, input and output buffers (aligned by torch) for these shapes, and what must stay
+        alive."""
         ranges = profiles(self.name, self.part)
         profile = next(i for i, sizes in enumerate(ranges) if len(inputs[0]) <= sizes["rows"][2])
         user_managed = self.trt.ExecutionContextAllocationStrategy.USER_MANAGED
@@ -333,8 +324,7 @@ class TensorRTEngine:
         stream = torch.cuda.Stream(self.device)
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):
-            done = context.set_optimization_profile_async(profile, stream.cuda_stream)
-            self.require(done, "take a profile")
+            self.require(context.set_optimization_profile_async(profile, stream.cuda_stream), "set up")
             for x, (name, _, _) in zip(static_inputs, self.part["inputs"]):
                 if name in self.tensors:                     # D = 1 leaves some inputs without a use
                     self.require(context.set_input_shape(name, tuple(x.shape)), f"take {name}'s shape")

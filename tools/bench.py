@@ -108,9 +108,11 @@ def mode_values(mode, info, overrides, positions, t_draft=None):
 
 
 def decode_worker(connection, args, mode, precision, device, exported):
-    """Answers (batch, t_draft, watch) by (seconds, peak bytes, the parts' shares of the time if `watch`)."""
+    """Loads the model at the first question. Answers the others, (batch, t_draft, watch), by (seconds, peak
+    bytes, the parts' shares of the time if `watch`)."""
     torch.set_num_threads(args.threads)
     torch.backends.cudnn.allow_tf32 = precision != "fp32"     # the exported float32 does without
+    connection.recv()
     before = device_use(device)
     if mode in TORCH_MODES:
         vae, transformer, info = load_source(args)
@@ -122,14 +124,10 @@ def decode_worker(connection, args, mode, precision, device, exported):
         length = model.cond_length
     own, update = device_use(device) - before, drr.update
     if mode in ("compiled", "graphs", "compiled+graphs"):
-        c = mode_values(mode, info, args.overrides, model.positions)
-        update = fast.compiled_update(model, c, "compiled" in mode, "graphs" in mode)
+        update = fast.compiled_update(model, "compiled" in mode, "graphs" in mode)
+    connection.send("loaded")
 
-    def decode(model, batch, c):
-        noise = drr.draw_noise(0, range(batch), 1 + c.rounds, model.positions, model.depth)
-        cond = torch.zeros(batch, length, dtype=torch.int64, device=device)
-        if mode == "raster":
-            noise = torch.arange(model.positions).expand_as(noise[0]), noise[1]
+    def decode(model, cond, noise, c):
         if mode == "plain":
             codes = strategies.plain_decode(model.transformer, cond, noise, c)
         else:
@@ -141,10 +139,15 @@ def decode_worker(connection, args, mode, precision, device, exported):
     while True:
         batch, t_draft, watch = connection.recv()
         c = mode_values(mode, info, args.overrides, model.positions, t_draft)
+        order, uniforms = drr.draw_noise(0, range(batch), 1 + c.rounds, model.positions, model.depth)
+        if mode == "raster":
+            order = torch.arange(model.positions).expand_as(order)
+        cond = torch.zeros(batch, length, dtype=torch.int64, device=device)
+        watched, shares = Stopwatch(model, device), None
         reset_peak(device)
-        before, watched, shares = device_use(device), Stopwatch(model, device), None
+        before = device_use(device)
         started = time.perf_counter()
-        decode(watched if watch else model, batch, c)
+        decode(watched if watch else model, cond, (order, uniforms), c)
         seconds = time.perf_counter() - started
         if watch:
             shares = [s / seconds for s in watched.seconds.values()]
@@ -210,8 +213,9 @@ def decode_table(args, device):
         folders = export_for(args, source, args.exported or temporary)
         workers = {}
         for mode, precision in args.mode:
-            exported = folders.get(precision)
-            workers[f"{mode}:{precision}"] = start(decode_worker, args, mode, precision, device, exported)
+            name, exported = f"{mode}:{precision}", folders.get(precision)
+            workers[name] = start(decode_worker, args, mode, precision, device, exported)
+            ask(workers[name], name)                          # one after the other
         for batch, t_draft in itertools.product(args.batch, args.t_draft):
             for row in decode_rows(workers, args, batch, t_draft, rates, device, bar):
                 rows.append((batch, t_draft, *row))
