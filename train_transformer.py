@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 import drr
 from drr import UserError
@@ -30,8 +29,8 @@ def training_noise(seed, step, batch_size, positions, depth):
 
 
 def step_operations(model):
-    """Operations of a step per image: 6 per parameter and token, a third of them forward; the depth transformer
-    sees the hidden stacks, 2 / pi of all in the mean."""
+    """Operations of a step per image, 6 per parameter and token. On average 2 / pi of all stacks are hidden:
+    those go through the depth transformer."""
     spatial = sum(p.numel() for p in model.spatial.parameters())
     depth = sum(p.numel() for part in (model.depthwise, model.classifier) for p in part.parameters())
     return 6 * model.positions * (spatial + 2 / math.pi * model.depth * depth)
@@ -48,22 +47,21 @@ def validation_loss(transformer, codes, cond, seed, dtype):
     return total / mask.sum().item()
 
 
-def sample_grid(vae, transformer, conditions, c, device, dtype):
-    """16 pictures of conditions spread over all of them, the same seeds every time."""
+def save_samples(transformer, vae, c, device, dtype, path):
+    """Saves 16 samples as a picture: classes spread over all of them, the same seeds every time."""
     model = drr.TorchModel(*copy.deepcopy((vae, transformer)), device, dtype)      # it converts what it gets
-    cond = torch.linspace(0, conditions - 1, 16, device=device).long()[:, None]    # (16, 1)
-    codes = drr.sample(model, cond, 0, range(16), c)
-    return grid(to_pixels(model.decode(codes)), 4, max(1, 128 // vae.size))
+    cond = torch.linspace(0, max(0, model.null - 1), 16, device=device).long()[:, None]
+    codes = drr.sample(model, cond, 0, range(16), c)                               # (16, N, D)
+    save_picture(grid(to_pixels(model.decode(codes)), 4, max(1, 128 // vae.size)), path)
 
 
 # === Set-up: the RQ-VAE, what is trained, the codes of a step ===============================================
 def load_vae(path, beside):
-    """The RQ-VAE, its section and its former fingerprints. Raises UserError where another one is `beside` the
-    result, which is where sample.py will look for it."""
+    """RQ-VAE, its section, its former fingerprints. Raises UserError where another is `beside` the result."""
     vae, section = drr.load_vae(path)
     if beside.exists() and drr.code_fingerprint(drr.load_vae(beside)[0]) != drr.code_fingerprint(vae):
-        raise UserError(f"{beside} is another RQ-VAE than {path}, but the files of one training lie together; "
-                        "choose another --out.")
+        raise UserError(f"{beside} is another RQ-VAE than {path}; sample.py needs those of one "
+                        "training, so choose another --out.")
     return vae, section, drr.former_fingerprints(path, vae)
 
 
@@ -100,7 +98,7 @@ def cached_batch(views, cache, step, device):
 
 @torch.no_grad()
 def encode_batch(vae, images, c, noise, count, device, dtype):
-    """z, one (B' / count, N, n_z) per micro-batch, and codes (B', N, D), stochastic ones drawn from `noise`."""
+    """z, (B' / count, N, n_z) per micro-batch, and codes (B', N, D); `noise` draws stochastic ones."""
     temperature = c.code_temperature if c.stochastic_codes else 0.0
     z, codes = [], []
     for x, uniforms in zip(images.chunk(count), noise.to(device).chunk(count)):
@@ -110,9 +108,17 @@ def encode_batch(vae, images, c, noise, count, device, dtype):
     return z, torch.cat(codes)
 
 
-def to_cond(labels, c, device):
-    """labels (B,) -> cond (B, 1)."""
+def to_cond(labels, c, device):                                                    # (B,) -> (B, 1)
     return (labels if c.cond == "class" else torch.zeros_like(labels)).to(device)[:, None]
+
+
+def validation_codes(directory, vae, classes, out, c, device, dtype):
+    """Codes (B, N, D) and conditions (B, 1) of up to 1,024 images in DIR/val; None without any."""
+    images, labels = data.validation_images(directory, vae.size, 1024, classes, out / "shards")
+    if images is None:
+        return None
+    codes = [data.encode(vae, to_float(x, device), dtype) for x in images.split(128)]
+    return torch.cat(codes), to_cond(labels, c, device)
 
 
 def main():
@@ -131,8 +137,7 @@ def main():
     states = runs.States(out, "transformer", args, c.keep)
     beside = out / "vae.safetensors"
     vae, config.vae, former = load_vae(args.vae or beside, beside)
-    vae.to(device)
-    N, D = vae.side ** 2, vae.quantizer.depth
+    N, D = vae.to(device).side ** 2, vae.quantizer.depth
     how = sampling_values(config, (), N)     # of the pictures; refuses what sample.py would refuse
 
     # --- data: codes of all images, both ways round; or the images themselves -------------------------------
@@ -150,29 +155,21 @@ def main():
         cache = data.cached_codes(views, vae, out / "codes", device, dtype)        # (1 or 2, M, N, D)
     elif config.data.in_memory:
         views.load(device)
-    val, val_labels = data.validation_images(args.data, vae.size, 1024, classes, out / "shards")
-    if val is not None:
-        val = torch.cat([data.encode(vae, to_float(x, device), dtype) for x in val.split(128)])
-        val_cond = to_cond(val_labels, c, device)
+    val = validation_codes(args.data, vae, classes, out, c, device, dtype)
 
     # --- model ----------------------------------------------------------------------------------------------
     torch.manual_seed(config.data.seed)      # the initial weights; nothing else draws from it
-    conditions = drr.conditions(c, classes)
-    transformer, ema, opt, whole_ema = build(c, conditions, vae, args.init, device)
-    parts = {"transformer": transformer, "ema": ema, "opt": opt}
-    start = states.begin(parts, settings, sharded=transformer if c.shard else None)
+    transformer, ema, opt, whole_ema = build(c, drr.conditions(c, classes), vae, args.init, device)
+    start = states.begin({"transformer": transformer, "ema": ema, "opt": opt}, settings, c.shard)
     if rank == 0 and not beside.exists():
         drr.save_vae(beside, vae, config, former)
-    forward = torch.compile(transformer) if c.compile else transformer
-    if not c.shard:
-        forward = runs.parallel(forward, device)
+    forward = runs.parallel(torch.compile(transformer) if c.compile else transformer, device, c.shard)
 
     # --- loop -----------------------------------------------------------------------------------------------
     log = runs.Log(out, "transformer", c, start, count, step_operations(transformer), device, dtype)
     stop = runs.StopSignal()
     batches = views.batches(start, c.steps) if online else None
-    title = "train_transformer"
-    for step in tqdm(range(start, c.steps), title, c.steps, initial=start, unit="step", disable=rank > 0):
+    for step in runs.progress("train_transformer", start, c.steps):
         mask_noise, drop_noise, code_noise = training_noise(config.data.seed, step, c.batch_size, N, D)
         z = count * [None]
         if online:
@@ -183,12 +180,11 @@ def main():
         mask = drr.random_mask(mask_noise)   # (B, N), m of the whole batch
         n_hidden = mask.sum()
         mask = mask[rows].to(device)         # (B', N), this rank's part
-        cond = to_cond(labels, c, device)                                          # (B', 1)
-        dropped = drop_noise[rows].to(device)[:, None] < c.cond_dropout
-        cond = torch.where(dropped, transformer.null, cond)
+        kept = drop_noise[rows, None].to(device) >= c.cond_dropout
+        cond = to_cond(labels, c, device).where(kept, transformer.null)            # (B', 1)
         terms = {}
-        parts = zip(codes.chunk(count), mask.chunk(count), cond.chunk(count), z)
-        for i, (codes_i, mask_i, cond_i, z_i) in enumerate(parts):
+        micro = zip(codes.chunk(count), mask.chunk(count), cond.chunk(count), z)
+        for i, (codes_i, mask_i, cond_i, z_i) in enumerate(micro):
             runs.synchronize_gradients([forward], i == count - 1)
             targets = None                   # the codes
             if c.soft_labels:                # (P, D, K)
@@ -198,9 +194,8 @@ def main():
             share = mask_i.sum() / n_hidden  # every hidden stack of the step counts the same
             (loss.mean() * share * world).backward()           # `world`: the ranks' gradients are averaged
             runs.add_up(terms, {"loss": loss * share, "accuracy": accuracy * share}, 1)
-        norm = runs.clip(transformer.parameters(), c.grad_clip)
-        checked = {"grad_norm": norm, **terms}
-        stopping = runs.must_stop(stop, checked, step, states.last, "a lower transformer.lr")
+        terms["grad_norm"] = runs.clip(transformer.parameters(), c.grad_clip)
+        stopping = runs.must_stop(stop, terms, step, states.last, "a lower transformer.lr")
         rate = runs.learning_rate(step, c)
         runs.take_step([opt], rate)
         runs.update_average(ema.parameters(), transformer.parameters(), c.weights_ema, step)
@@ -210,23 +205,20 @@ def main():
         last = done == c.steps
         look = done % c.picture_every == 0 or last
         save = done % c.save_every == 0 or last or stopping
-        result = whole_ema() if look or save else None         # on rank 0
         log.count(done)
+        result = whole_ema() if look or save else None         # on rank 0
         if look or done % c.log_every == 0:
-            codes = runs.gather_codes(codes.flatten(0, 1))                         # (B N, D)
-            usage, perplexity = drr.codebook_usage(codes, config.vae.codebook_size)
-            by_depth = {name: runs.total(value) for name, value in terms.items()}
-            by_depth |= {"usage": usage, "perplexity": perplexity}
+            by_depth = {name: runs.total(terms[name]) for name in ("loss", "accuracy")}
+            by_depth |= runs.codebook_health(codes.flatten(0, 1), config.vae.codebook_size)
             val_loss = None
             if look and rank == 0:
                 result.to(device)
-                if val is not None:
-                    val_loss = validation_loss(result, val, val_cond, config.data.seed, dtype)
-                picture = sample_grid(vae, result, conditions, how, device, dtype)
-                save_picture(picture, out / f"samples_{done:06d}.png")
+                if val:
+                    val_loss = validation_loss(result, *val, config.data.seed, dtype)
+                save_samples(result, vae, how, device, dtype, out / f"samples_{done:06d}.png")
                 result.to("cpu" if c.shard else device)
-            loss = sum(by_depth["loss"].tolist()) / D
-            log.write(done, by_depth, loss=loss, grad_norm=norm.item(), lr=rate, val_loss=val_loss)
+            loss, norm = by_depth["loss"].double().mean().item(), terms["grad_norm"].item()
+            log.write(done, by_depth, loss=loss, grad_norm=norm, lr=rate, val_loss=val_loss)
         if save:
             states.save(done)
             if rank == 0 and not stopping:

@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 from torch.utils.flop_counter import FlopCounterMode
-from tqdm import tqdm
 
 import drr
 from drr import UserError
@@ -60,8 +59,8 @@ class Discriminator(nn.Module):
 
 
 class HingeLoss(nn.Module):
-    """L_disc = (mean max(0, 1 - D(x)) + mean max(0, 1 + D(x_hat))) / 2 (Lim and Ye 2017), and the mean logits,
-    of images (B, 3, S, S) real and fake. A module, because DistributedDataParallel wants one forward pass."""
+    """L_disc = (mean max(0, 1 - D(x)) + mean max(0, 1 + D(x_hat))) / 2 (Lim and Ye 2017), mean logits of
+    the images (B, 3, S, S). A module, because DistributedDataParallel wants one forward pass."""
 
     def __init__(self, discriminator):
         super().__init__()
@@ -295,8 +294,8 @@ def main():
     log = runs.Log(out, "vae", c, start, count, step_operations(vae, val[:1], given), device, dtype)
     stop = runs.StopSignal()
     batches = views.batches(start, c.steps)
-    bar = tqdm(batches, "train_vae", c.steps, initial=start, unit="step", disable=drr.ranks()[0] > 0)
-    for step, (batch, _, bad) in enumerate(bar, start):
+    for step in runs.progress("train_vae", start, c.steps):
+        batch, _, unreadable = next(batches)
         # DEVIATION: the first steps train a plain autoencoder, whose codebook learns but is not used yet. A
         # decoder that sees only codes from the start is slow to find what directions of z have no code yet.
         quantized = step >= c.quantize_start
@@ -334,14 +333,13 @@ def main():
         done = step + 1
         last = done == c.steps
         look = done % c.picture_every == 0 or last
-        log.count(done, bad)
+        log.count(done, unreadable)
         if look or done % c.log_every == 0:
-            usage, perplexity = drr.codebook_usage(runs.gather_codes(codes), c.codebook_size)
             quality = None
             if look and drr.ranks()[0] == 0:
                 quality = look_at(average, val, out / f"vae_{done:06d}.png")
-            log.write(done, {"usage": usage, "perplexity": perplexity}, **runs.means(terms), lr=rate,
-                      val_psnr=quality)
+            health = runs.codebook_health(codes, c.codebook_size)
+            log.write(done, health, **runs.means(terms), lr=rate, val_psnr=quality)
         if done % c.save_every == 0 or last or stopping:
             states.save(done)
             if drr.ranks()[0] == 0 and not stopping:

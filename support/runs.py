@@ -3,8 +3,8 @@
     torchrun --nproc_per_node=8 train_vae.py imagenet-256 --data DIR
 
 starts a script eight times, once per GPU ("rank"). The batch is the configuration's, however many ranks there
-are: it is cut into micro-batches, each rank takes its share, and DistributedDataParallel averages the gradients.
-Everything random is a function of (seed, step) and the position in the batch: two ranks follow the run of one.
+are: micro-batches of it are shared out, and DistributedDataParallel averages the gradients. Everything
+random is a function of (seed, step) and the place in the batch: two ranks follow the run of one.
 """
 import argparse
 import contextlib
@@ -70,16 +70,14 @@ def join_ranks(args):
     if missing:
         raise UserError(f"WORLD_SIZE is set and {', '.join(missing)} not; start with torchrun, or unset it.")
     if device.type == "cuda":
-        local = int(os.environ["LOCAL_RANK"])
-        if local >= torch.cuda.device_count():
-            raise UserError(f"torchrun started process {local + 1} on a machine with "
-                            f"{torch.cuda.device_count()} GPUs; lower --nproc_per_node.")
+        local, found = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if local >= found:
+            raise UserError(f"There are {found} GPUs for {local + 1} processes; lower --nproc_per_node.")
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     # The timeout is for what one rank does while the others wait: pictures, checkpoints, encoding its share.
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
-    choice = [dtype]
-    dist.broadcast_object_list(choice)         # each rank has measured its own; they must not mix
+    dist.broadcast_object_list(choice := [dtype])      # each has measured its own; they must not mix
     dtype = choice[0]
     torch.backends.cudnn.allow_tf32 = dtype != torch.float32           # as pick_device sets it
     if dist.get_rank() > 0:
@@ -91,7 +89,7 @@ def micro_batch(name, c, world):
     """How many images a device takes at a time: c.micro_batch, or with 0 its whole share of the step. Raises
     UserError where `world` processes cannot share the batch in such pieces."""
     if c.batch_size % world:
-        raise UserError(f"{name}.batch_size {c.batch_size} is no multiple of the {world} processes; change it.")
+        raise UserError(f"{name}.batch_size {c.batch_size} is no multiple of {world} processes; change it.")
     share = c.batch_size // world
     micro = min(c.micro_batch or share, share)
     if share % micro:
@@ -101,25 +99,25 @@ def micro_batch(name, c, world):
 
 
 def micro_batches(name, c):
-    """(rows, count): the positions of the step's batch that this rank takes, and in how many micro-batches. Which
-    rank takes a micro-batch makes no difference; its size does, to a discriminator with BatchNorm."""
+    """(rows, count): this rank's part of the step's batch, and in how many micro-batches. Which rank takes
+    a micro-batch makes no difference; its size does, to a discriminator with BatchNorm."""
     rank, world = ranks()
     share = c.batch_size // world
     return np.arange(rank * share, (rank + 1) * share), share // micro_batch(name, c, world)
 
 
-def parallel(module, device):
-    """`module`, in DistributedDataParallel where there are several ranks."""
-    if ranks()[1] == 1:
+def parallel(module, device, sharded=False):
+    """`module`, in DistributedDataParallel where there are several ranks, each with all weights."""
+    if ranks()[1] == 1 or sharded:
         return module
     devices = [device] if device.type == "cuda" else None
-    return DistributedDataParallel(module, devices, broadcast_buffers=False)   # the quantizer sees to its codebook
+    return DistributedDataParallel(module, devices, broadcast_buffers=False)       # the codebook agrees
 
 
 def shard(transformer, ema):
-    """Spreads weights, gradients and the optimizer's state over the ranks (FSDP2, ZeRO stage 3), block by block,
-    from the CPU to the GPUs. Returns a function, for all ranks to call together, that gives rank 0 the whole
-    average, on the CPU."""
+    """Spreads weights, gradients and the optimizer's state over the ranks (FSDP2, ZeRO stage 3), block by
+    block, from the CPU to the GPUs. Returns a function, for all ranks to call together, that gives rank 0 the
+    whole average, on the CPU."""
     rank, world = ranks()
     if world == 1:
         raise UserError("transformer.shard needs several processes; start with torchrun, or leave it off.")
@@ -151,16 +149,18 @@ def means(terms):
     return dict(zip(terms, values.tolist()))
 
 
-def gather_codes(codes):
-    """codes (P, D) of this rank -> (world * P, D) of all."""
+def codebook_health(codes, codebook_size):
+    """{usage (D,), perplexity (D,)} of the codes (P, D) of all ranks."""
     parts = [torch.empty_like(codes) for _ in range(ranks()[1])]
-    if len(parts) > 1:
+    if len(parts) == 1:
+        parts = [codes]
+    else:
         dist.all_gather(parts, codes.contiguous())
-    return torch.cat(parts) if len(parts) > 1 else codes
+    return dict(zip(("usage", "perplexity"), drr.codebook_usage(torch.cat(parts), codebook_size)))
 
 
 class StopSignal:
-    """SIGTERM, with which preemptible machines announce their end: the loop saves and stops after its step."""
+    """SIGTERM, by which preemptible machines announce their end: the loop saves and stops after its step."""
 
     def __init__(self):
         self.received = False
@@ -184,6 +184,11 @@ def learning_rate(step, c, decay=True):
     return c.lr * (0.5 + 0.5 * math.cos(math.pi * (step - c.warmup) / max(1, c.steps - c.warmup)))
 
 
+def progress(name, start, stop):
+    """The steps, with a bar on rank 0."""
+    return tqdm(range(start, stop), name, stop, initial=start, unit="step", disable=ranks()[0] > 0)
+
+
 def synchronize_gradients(modules, on):
     """Whether the next passes of these modules average gradients over the ranks: at the last micro-batch of a
     step only. FSDP does it at each one; waiting would take the memory that it is there to spare."""
@@ -205,7 +210,7 @@ def clip(parameters, limit):
 
 
 def must_stop(stop, terms, step, saved, advice):
-    """Whether the StopSignal reached any rank. Raises UserError where one of the `terms` {name: tensor} is not
+    """Whether the StopSignal reached any rank. Raises UserError where one of the terms {name: tensor} is not
     finite on any rank: all must act alike. saved: the path of the last state, or None."""
     sums = [value.sum() for value in terms.values()]
     sums.append(torch.full_like(sums[0], float(stop.received)))
@@ -261,9 +266,9 @@ def move_aside(path, problem, instead):
 
 
 class States:
-    """The training states of one stage in a folder: saves them, keeps the newest, finds the one to resume. Made
-    before the work on the data, which may take hours: raises UserError where there is nothing to resume, and
-    where a fresh start would replace an earlier run."""
+    """The training states of one stage in a folder: saves them, keeps the newest, finds the one to resume.
+    Made before the work on the data, which may take hours: raises UserError where there is nothing to resume,
+    and where a fresh start would replace an earlier run."""
 
     def __init__(self, out, stage, args, keep):
         self.out, self.stage, self.args, self.keep = out, stage, args, keep
@@ -288,24 +293,26 @@ class States:
 
     def lock(self):
         """Keeps a second training out of the folder while this process lives, by a UserError."""
-        if ranks()[0] > 0 or not importlib.util.find_spec("fcntl"):    # Windows has none
+        if ranks()[0] > 0:
+            return
+        self.out.mkdir(parents=True, exist_ok=True)
+        if not importlib.util.find_spec("fcntl"):              # Windows has none
             return
         import fcntl
-        self.out.mkdir(parents=True, exist_ok=True)
         self.locked = open(self.out / ".lock", "w")    # released when this process ends, however it does
         try:
             fcntl.lockf(self.locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
-            raise UserError(f"Another training is at work in {self.out}; wait, or choose another --out.") from None
+            raise UserError(f"Another training is at work in {self.out}; choose another --out.") from None
         except OSError as error:                               # a disk without locks
             print(f"WARNING: {self.out} cannot be locked ({error.strerror}); start no other training there")
 
     def begin(self, parts, settings, sharded=None):
-        """The step to begin with: 0, or that of the restored state. Raises UserError as `load` does. parts: what
-        is saved and restored, {name: module, optimizer or None}. settings: all that decides the result, in which
-        a resumed run must agree. sharded: the model, if it went through `shard`."""
+        """The step to begin with: 0, or that of the restored state. Raises UserError as `load` does. parts:
+        {name: module, optimizer or None}, to be saved and restored. settings: all that decides the result; a
+        resumed run must agree in it. sharded: whether the models went through `shard`."""
         self.parts = {name: part for name, part in parts.items() if part is not None}
-        self.settings, self.sharded = settings, sharded
+        self.settings, self.sharded = settings, sharded and self.parts["transformer"]
         start = self.load() if self.args.resume else 0
         if ranks()[0] == 0:
             for half_written in [*self.out.glob(".writing-*"), *self.out.glob("codes/.writing-*")]:
@@ -333,8 +340,8 @@ class States:
         return sharded_states.get_model_state_dict(part, options=WHOLE)
 
     def load(self):
-        """Restores the newest state that is whole, and returns its step. Raises UserError where there is none,
-        and where it belongs to another model or (unless --force) to other settings or data."""
+        """Restores the newest state that is whole, and returns its step. Raises UserError where none is, and
+        where it belongs to another model or (unless --force) to other settings or data."""
         newest = [self.newest_whole() if ranks()[0] == 0 else None]
         if ranks()[1] > 1:
             dist.broadcast_object_list(newest)
@@ -344,7 +351,7 @@ class States:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         missing = [name for name in ("step", "settings", *self.parts) if name not in state]
         if missing:
-            raise UserError(f"{path} lacks {', '.join(missing)}, which this run needs; start without --resume.")
+            raise UserError(f"{path} lacks {', '.join(missing)}; start without --resume.")
         self.compare(path, state["settings"])
         for name, part in self.parts.items():
             self.restore(name, part, state[name], path)
@@ -353,7 +360,7 @@ class States:
         return state["step"]
 
     def newest_whole(self):
-        """(path, "") of the newest state that can be read, or (None, the problem). Moves damaged ones aside."""
+        """(path, "") of the newest state that is good, or (None, the problem). Moves damaged ones aside."""
         problem = ""
         for path in reversed(self.files()):
             try:
@@ -365,7 +372,7 @@ class States:
             except OSError as error:                           # of the disk: the file may be good
                 raise UserError(f"{path} could not be read ({error}); try again, or move it away to take the "
                                 "one before.") from None
-            except Exception as error:       # cut short, a flipped byte, no torch file, a pickle with code in it
+            except Exception as error:       # cut short, a flipped byte, no torch file, a pickle with code
                 problem = f"{path.name}: {type(error).__name__}: {' '.join(str(error).split())[:100]}"
                 move_aside(path, problem, "the state before it is taken")
         return None, problem
@@ -383,7 +390,7 @@ class States:
             print(f"resuming with other settings than before: {', '.join(changed.values())}")
 
     def restore(self, name, part, state, path):
-        groups = getattr(part, "param_groups", [])             # an optimizer keeps the options that it has now
+        groups = getattr(part, "param_groups", [])             # an optimizer keeps today's options
         options = [{k: v for k, v in group.items() if k != "params"} for group in groups]
         try:
             if self.sharded and name == "opt":
@@ -400,9 +407,9 @@ class States:
 
 # === Log: a line on the terminal and a row in OUT/STAGE.csv; the speed ======================================
 class Log:
-    """OUT/STAGE.csv, and the same on the terminal. After three steps it says what the rest will take. A resumed
-    run drops the rows of the steps that it repeats. operations: of a step, per image, for the share of the
-    device's matrix-product rate that training reaches (MFU)."""
+    """OUT/STAGE.csv, and the same on the terminal. After three steps it says what the rest will take. A
+    resumed run drops the rows of the steps that it repeats. operations: of a step, per image, for the share
+    of the device's matrix-product rate that training reaches (MFU)."""
 
     def __init__(self, out, stage, c, start, count, operations, device, dtype):
         world = ranks()[1]
@@ -410,7 +417,7 @@ class Log:
         self.c, self.device, self.times = c, device, []
         self.announcement = (f"{stage}: {{}} more steps of {c.batch_size} images on {world} x {device} "
                              f"{precision_name(dtype)} in {count} micro-batches of "
-                             f"{c.batch_size // world // count}; {{:.3g}} s per step, {{}} in all at this speed")
+                             f"{c.batch_size // world // count}; {{:.3g}} s per step, {{}} at this speed")
         self.fastest = world * matrix_rate(device, dtype, 0.3) / operations            # images per second
         if ranks()[0] == 0 and start and self.path.exists():
             self.drop_rows_after(start)
@@ -439,16 +446,17 @@ class Log:
         if not rows or rows[0][0] != "step" or not all(row[0].isdecimal() for row in rows[1:]):
             return move_aside(self.path, "its first column holds no steps", "a new log begins")
         self.columns = rows[0]
-        kept = [row for row in rows[1:] if len(row) == len(rows[0]) and int(row[0]) <= step]   # the last may be cut
+        kept = [row for row in rows[1:] if len(row) == len(self.columns) and int(row[0]) <= step]
         with replacing(self.path) as temporary:
             temporary.write_text("".join(",".join(row) + "\n" for row in [rows[0], *kept]))
 
     def write(self, step, by_depth, **terms):
-        """Adds a row and prints it. terms: numbers, None where there is none; by_depth: {name: (D,)}, for columns
+        """Adds a row and prints it. terms: numbers, None where there is none; by_depth: {name: (D,)}, columns
         NAME_1 .. NAME_D. The first row of a file decides its columns. All ranks must call it together."""
         rate = self.images / self.seconds
         unreadable = total(torch.tensor(self.unreadable, device=self.device)).item()
-        row = {"step": step, **terms, "images_per_s": rate, "mfu": rate / self.fastest, "unreadable": unreadable}
+        speed = {"images_per_s": rate, "mfu": rate / self.fastest, "unreadable": unreadable}
+        row = {"step": step, **terms, **speed}
         shown = [f"{name} {value:.4g}" for name, value in row.items() if value]
         for name, values in by_depth.items():
             row |= {f"{name}_{d}": value.item() for d, value in enumerate(values, 1)}

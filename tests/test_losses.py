@@ -12,7 +12,7 @@ from support.common import load_config
 
 
 class FixedLogits(nn.Module):
-    """A discriminator whose logits are the first channel of the image, and whose features are given multiples."""
+    """A discriminator whose logits are the image's first channel, and whose features are multiples of it."""
 
     def __init__(self, *factors):
         super().__init__()
@@ -34,7 +34,8 @@ def section(**changes):
 
 
 def objective(c, x, recon, commitment=0.0, beta=0.0, share=None, disc=None, vae=None, distance=None):
-    return train_vae.objective(c, vae, disc, distance, torch.float32, x, recon, torch.tensor(commitment), beta, share)
+    commitment = torch.tensor(commitment)
+    return train_vae.objective(c, vae, disc, distance, torch.float32, x, recon, commitment, beta, share)
 
 
 def test_the_hinge_loss():
@@ -69,7 +70,8 @@ def test_the_generator_loss_and_its_share():
 
 
 def test_feature_matching():
-    fake, real = [torch.tensor([1.0, 2.0]), torch.tensor([0.0])], [torch.tensor([1.0, 4.0]), torch.tensor([-3.0])]
+    fake = [torch.tensor([1.0, 2.0]), torch.tensor([0.0])]
+    real = [torch.tensor([1.0, 4.0]), torch.tensor([-3.0])]
     assert train_vae.feature_matching(fake, real).item() == pytest.approx((1 + 3) / 2)
     terms = objective(section(disc_weight=0.0, feature_weight=2.0), images(0.0), images(0.5), share=1.0,
                       disc=FixedLogits(1.0, 3.0))
