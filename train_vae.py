@@ -79,8 +79,8 @@ def feature_matching(fake, real):
 
 def adaptive_weight(reconstruction, adversarial, last_layer):
     """lambda = ||grad L_rec|| / (||grad L_gan|| + 1e-6) at the decoder's end (VQGAN Eq. 7), in [0, 1e4]."""
-    losses = (reconstruction, adversarial)
-    rec, gan = (torch.autograd.grad(loss, last_layer, retain_graph=True)[0].norm() for loss in losses)
+    rec, gan = (torch.autograd.grad(loss, last_layer, retain_graph=True)[0].norm()
+                for loss in (reconstruction, adversarial))
     return (rec / (gan + 1e-6)).clamp(0, 1e4).detach()
 
 

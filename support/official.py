@@ -21,8 +21,8 @@ def convert(args, config, path):
 def load_official_rqvae(path, c):
     """The published RQ-VAE weights (kakaobrain/rq-vae-transformer; .pt or .safetensors) as an RQVAE, float32.
 
-    c: the section `vae` with the release's sizes, `imagenet-256` for the ImageNet one. Only tensors are read from a
-    .pt file (weights_only). Raises UserError for a file that is not such a release, or not of these sizes.
+    c: the section `vae` with the release's sizes, `imagenet-256` for the ImageNet one. Only tensors are read
+    from a .pt file (weights_only). Raises UserError for a file that is no such release, or of other sizes.
     """
     try:
         if Path(path).suffix == ".safetensors":
@@ -31,8 +31,8 @@ def load_official_rqvae(path, c):
             state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"The file {path} does not exist.") from None
-    except Exception as error:                  # truncated, no torch file, or a pickle with code in it: none is run
-        raise UserError(f"{path} is no RQ-VAE release that can be read safely ({type(error).__name__}).") from None
+    except Exception as error:             # truncated, no torch file, or a pickle with code, which never runs
+        raise UserError(f"{path} is no RQ-VAE release that can be read ({type(error).__name__}).") from None
     if isinstance(state, dict):
         state = state.get("state_dict", state)  # .safetensors has no nested dictionaries, only prefixes
     if not isinstance(state, dict) or not all(isinstance(k, str) for k in state):
@@ -49,7 +49,7 @@ def load_official_rqvae(path, c):
                 raise UserError(f"{path} has no {key}; it is no RQ-VAE release of depth {c.depth}.")
             tensor = books[key][:-1] if theirs == "weight" else books[key]
             if not torch.equal(tensor, state.setdefault(f"quantizer.{ours}", tensor)):
-                raise UserError(f"{path} has a codebook per depth; only one shared by all depths is supported.")
+                raise UserError(f"{path} has a codebook per depth; only a shared one is supported.")
     vae = RQVAE(c)
     fill(vae, state, path)
     return vae.requires_grad_(False).eval()

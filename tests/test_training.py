@@ -75,7 +75,7 @@ def smoke_vae(tmp_path_factory):
 
 @pytest.fixture
 def arguments(smoke_vae):
-    """arguments(stage, out, ...): a short run that logs every step and saves every other, with an adversary."""
+    """arguments(stage, out, ...): a short run with an adversary, which logs every step, saves every other."""
     def make(stage, out, *more, steps=12):
         short = {"steps": steps, "warmup": 3, "save_every": 2, "log_every": 1, "picture_every": 12,
                  "batch_size": 8}
@@ -551,7 +551,8 @@ def test_a_damaged_last_line_of_the_log_does_not_hinder(resume, six_steps):
 
 # === --decoder-only =========================================================================================
 FINE_TUNE = ("vae.quantize_start=0", "vae.disc=spectral", "vae.disc_start=0", "vae.disc_ramp=4",
-             "vae.loss=l1", "vae.disc_adaptive=false", "vae.disc_weight=0.02", "vae.feature_weight=1", "vae.weights_ema=0.9")
+             "vae.loss=l1", "vae.disc_adaptive=false", "vae.disc_weight=0.02", "vae.feature_weight=1",
+             "vae.weights_ema=0.9")
 
 
 @pytest.fixture(scope="module")
