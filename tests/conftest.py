@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-if "PYTEST_XDIST_WORKER" in os.environ:       # several workers share the cores: one thread each, also in what they start
+if "PYTEST_XDIST_WORKER" in os.environ:       # several workers share the cores: one thread each, and their children
     os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
@@ -20,7 +20,7 @@ import drr  # after the path to it
 
 
 def pytest_configure(config):
-    config.option.loadscopereorder = False    # pytest-xdist: not the files with the most tests first, but in the order of below
+    config.option.loadscopereorder = False    # pytest-xdist: not the files with the most tests first, but as below
 
 
 def pytest_collection_modifyitems(items):
@@ -46,8 +46,8 @@ def transformer_section(**changes):
 
 
 def sample_section(**changes):
-    values = dict(t_draft=4, t_revise=2, rounds=2, draft_temperature=1.0, revise_temperature=0.8, draft_guidance=1.0,
-                  revise_guidance=1.8, top_k=0, top_p=1.0, batch_size=16)
+    values = dict(t_draft=4, t_revise=2, rounds=2, draft_temperature=1.0, revise_temperature=0.8,
+                  draft_guidance=1.0, revise_guidance=1.8, top_k=0, top_p=1.0, batch_size=16)
     return SimpleNamespace(**{**values, **changes})
 
 
@@ -61,6 +61,25 @@ def tiny_transformer(positions=16, depth=4, classes=5, codebook_size=24, code_di
         for p in model.parameters():
             p.add_(torch.randn(p.shape, generator=generator), alpha=std)
     return model.requires_grad_(False).eval()
+
+
+def torch_model(transformer):
+    """The model as the decoding loop sees it, without an RQ-VAE."""
+    return SimpleNamespace(transformer=transformer, context=transformer.context, depth_step=transformer.depth_step,
+                           null=transformer.null, positions=transformer.positions, depth=transformer.depth)
+
+
+def teacher_forced(transformer, codes, hidden, positions, cond, guidance, temperature):
+    """log p (B, n) of the stacks at `positions`, with them and `hidden` hidden, by depth_logits."""
+    hidden = hidden.scatter(1, positions, True)
+    stacks = drr.select(codes, positions).flatten(0, 1)                        # (B n, D)
+    logits = []
+    for c in (cond, torch.full_like(cond, transformer.null)):
+        h = drr.select(transformer.context(codes, hidden, c), positions)
+        logits.append(transformer.depth_logits(h.flatten(0, 1), stacks))
+    guided = logits[1] + guidance * (logits[0] - logits[1])                    # (B n, D, K)
+    log_p = (guided / temperature).log_softmax(-1)
+    return log_p.gather(2, stacks[..., None]).sum((1, 2)).view(positions.shape)
 
 
 def random_codes(*shape, codebook_size=24, seed=0):

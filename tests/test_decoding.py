@@ -1,22 +1,15 @@
 """Draft-and-Revise: who is hidden when, who is drawn anew, and that the draws have the right distribution."""
 import itertools
-import math
 import re
-from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import TESTS, random_codes, sample_section, tiny_transformer
+from conftest import TESTS, random_codes, sample_section, teacher_forced, tiny_transformer, torch_model
 from safetensors.torch import load_file
 
 import drr
 
 N, D = 16, 4
-
-
-def torch_model(transformer):
-    """The model as the decoding loop sees it, without an RQ-VAE."""
-    return SimpleNamespace(context=transformer.context, depth_step=transformer.depth_step, null=transformer.null)
 
 
 def decode(model, cond, seed=0, images=None, codes=None, region=None, positions=N, depth=D, **settings):
@@ -316,73 +309,13 @@ def test_drawn_stacks_follow_the_product_of_the_models_own_conditionals(T):
     assert (first[:, None] * second - exact.view(3, 3, 9).sum(2)).abs().sum() > 0.05
 
 
-# === Other strategies ===============================================================================================
-@pytest.mark.parametrize("n, T", [(n, T) for n in (1, 2, 7, 16, 64) for T in (1, 2, 3, 5, 16, 64, 100)])
-def test_growing_partition_covers_every_position_once_in_as_many_sets(n, T):
-    order, _ = drr.draw_noise(3, range(4), 1, n, 1)
-    sets = drr.partition(order[0], T, growing=True)
-    sizes = [s.shape[1] for s in sets]
-    assert torch.equal(torch.cat(sets, 1), order[0])
-    assert len(sets) == min(n, T) and min(sizes) >= 1
-    left = n - torch.tensor(sizes).cumsum(0)
-    for t in range(1, len(sets)):
-        assert left[t - 1] == min(n - t, n - round(n * (1 - math.cos(math.pi * t / (2 * min(n, T))))))
-
-
-def test_growing_partition_grows():
-    sizes = [s.shape[1] for s in drr.partition(torch.arange(64)[None], 8, growing=True)]
-    assert sizes == [1, 4, 6, 8, 9, 12, 12, 12]                                # 64 (1 - cos(pi t / 16)), rounded
-
-
-@pytest.mark.parametrize("side", [1, 2, 3, 4, 5, 7, 8, 16])
-def test_sobol_order_is_a_permutation_that_starts_where_the_random_one_does(side):
-    order, _ = drr.draw_noise(1, range(5), 2, side * side, 1)
-    spread = drr.sobol_order(order)
-    assert spread.shape == order.shape and torch.equal(spread[..., 0], order[..., 0])
-    assert torch.equal(spread.sort(-1).values, torch.arange(side * side).expand_as(order))
-
-
-def test_sobol_order_spreads_every_run_evenly():
-    base = drr.sobol_order(torch.arange(64))                                   # starts at 0: nothing is moved
-    for size, block in ((4, 4), (16, 2)):                                      # runs of 4 or 16, one in each block of cells
-        for run in base.split(size):
-            blocks = run // 8 // block * 8 + run % 8 // block
-            assert len(blocks.unique()) == size
-    moved = drr.sobol_order(torch.cat([torch.tensor([19]), torch.arange(63)]))
-    assert torch.equal(moved // 8, (base // 8 + 2) % 8) and torch.equal(moved % 8, (base % 8 + 3) % 8)
-
-
-def test_the_order_says_who_is_drawn_when():
-    model = FakeModel()
-    decode(model, COND, seed=5, order="sobol", t_draft=4, rounds=0)
-    order, _ = drr.draw_noise(5, range(3), 1, N, D)
-    first = drr.sobol_order(order[0])[:, :4]
-    assert torch.equal(model.masks[1], torch.ones(3, N, dtype=torch.bool).scatter(1, first, False))
-
-
-def teacher_forced(transformer, codes, hidden, positions, cond, guidance, temperature):
-    """log p (B, n) of the stacks at `positions`, with them and `hidden` hidden, by depth_logits."""
-    hidden = hidden.scatter(1, positions, True)
-    index = positions[..., None].expand(-1, -1, codes.shape[2])
-    stacks, logits = codes.gather(1, index), []
-    for c in (cond, torch.full_like(cond, transformer.null)):
-        h = transformer.context(codes, hidden, c)
-        h = h.gather(1, positions[..., None].expand(-1, -1, h.shape[2]))
-        logits.append(transformer.depth_logits(h.flatten(0, 1), stacks.flatten(0, 1)))
-    log_p = ((logits[1] + guidance * (logits[0] - logits[1])) / temperature).log_softmax(-1)       # (B n, D, K)
-    return log_p.gather(2, stacks.flatten(0, 1)[..., None]).sum((1, 2)).view(positions.shape)
-
-
-def start(codes, hidden):
-    return drr.State("draft", 0, codes, hidden, torch.zeros(hidden.shape))
-
-
+# === The log-probability of a stack =================================================================================
 @torch.no_grad()
 def test_log_p_is_that_of_the_stack_when_it_was_drawn():
     transformer, codes = tiny_transformer(N, D), random_codes(3, N, D)
     positions, hidden = torch.tensor([[0, 5, 9]] * 3), torch.zeros(3, N, dtype=torch.bool)
     _, uniforms = drr.draw_noise(0, range(3), 1, N, D)
-    state = drr.update(torch_model(transformer), start(codes, hidden), positions, uniforms[0], COND, how(0.7, 1.8))
+    state = drr.update(torch_model(transformer), drr.State("draft", 0, codes, hidden, torch.zeros(3, N)), positions, uniforms[0], COND, how(0.7, 1.8))
     expected = teacher_forced(transformer, state.codes, hidden, positions, COND, 1.8, 0.7)
     torch.testing.assert_close(state.log_p.gather(1, positions), expected, atol=1e-4, rtol=0)
     assert torch.equal(state.log_p != 0, torch.zeros(3, N, dtype=torch.bool).scatter(1, positions, True))
@@ -399,88 +332,3 @@ def test_log_p_counts_what_top_k_and_top_p_leave():
         assert (p == 0).any()
         expected += (p / p.sum())[stacks[:, d]].log()
     torch.testing.assert_close(log_p, expected)
-    again, same = drr.sample_stacks(model, torch.full((n, 3), 2.0), grid, how(0.8, 1.0, 5, 0.8), stacks)
-    assert torch.equal(again, stacks) and torch.equal(same, log_p)
-
-
-@torch.no_grad()
-def test_revise_better_keeps_the_more_likely_of_old_and_new():
-    transformer, codes = tiny_transformer(N, D), random_codes(3, N, D)
-    model, hidden = torch_model(transformer), torch.zeros(3, N, dtype=torch.bool)
-    positions, (_, uniforms) = torch.arange(0, N, 2).expand(3, -1), drr.draw_noise(0, range(3), 1, N, D)
-    new = drr.update(model, start(codes, hidden), positions, uniforms[0], COND, how(0.7, 1.8))
-    kept = drr.update(model, start(codes, hidden), positions, uniforms[0], COND, how(0.7, 1.8), better=True)
-    old_p, new_p = (teacher_forced(transformer, c, hidden, positions, COND, 1.8, 0.7) for c in (codes, new.codes))
-    stays = torch.zeros(3, N, dtype=torch.bool).scatter(1, positions, old_p > new_p)
-    assert 0 < stays.sum() < 24                                                # some of either kind
-    assert torch.equal(kept.codes, torch.where(stays[..., None], codes, new.codes))
-    torch.testing.assert_close(kept.log_p.gather(1, positions), torch.maximum(old_p, new_p), atol=1e-4, rtol=0)
-
-
-def test_the_whole_pool_is_the_random_draft():
-    """Drawing all hidden stacks and keeping the first ones is drawing the first ones."""
-    model, (order, uniforms) = torch_model(tiny_transformer(N, D)), drr.draw_noise(4, range(3), 1, N, D)
-    state = start(torch.zeros(3, N, D, dtype=torch.int64), torch.ones(3, N, dtype=torch.bool))
-    for positions in drr.partition(order[0], 4):
-        hidden = order[0][state.hidden.gather(1, order[0])].view(3, -1)
-        state = drr.update(model, state, hidden, uniforms[0], COND, how(), (positions.shape[1], 1.0))
-    assert torch.equal(state.codes, decode(model, COND, seed=4, t_draft=4, rounds=0)[-1].codes)
-
-
-def log_p_of_all(model, state, hidden, uniforms, b):
-    one = drr.State("draft", 0, state.codes[b:b + 1], state.hidden[b:b + 1], state.log_p[b:b + 1])
-    return drr.update(model, one, torch.tensor([hidden]), uniforms[0, b:b + 1], COND[b:b + 1], how()).log_p[0]
-
-
-@pytest.mark.parametrize("pool", [0.0, 0.5])
-@pytest.mark.parametrize("growing", [False, True])
-def test_a_smaller_pool_keeps_the_first_of_the_most_likely(pool, growing):
-    model, (order, uniforms) = torch_model(tiny_transformer(N, D)), drr.draw_noise(4, range(3), 1, N, D)
-    states = decode(model, COND, seed=4, t_draft=5, rounds=0, draft_pool=pool, draft_growing=growing)
-    assert len(states) == 5
-    before = start(torch.zeros(3, N, D, dtype=torch.int64), torch.ones(3, N, dtype=torch.bool))
-    for positions, after in zip(drr.partition(order[0], 5, growing), states):
-        count = positions.shape[1]
-        for b in range(3):                                                     # a slow reference, a row at a time
-            hidden = [n for n in order[0, b].tolist() if before.hidden[b, n]]
-            log_p = log_p_of_all(model, before, hidden, uniforms, b)
-            likely = sorted(hidden, key=lambda n: -log_p[n])
-            pool_of = likely[:max(count, math.ceil(pool * len(hidden)))]
-            chosen = [n for n in hidden if n in pool_of][:count]
-            assert sorted(chosen) == (before.hidden[b] & ~after.hidden[b]).nonzero()[:, 0].tolist()
-        before = after
-    assert not states[-1].hidden.any()
-
-
-def test_guidance_ramps_up_in_the_draft(monkeypatch):
-    seen, update = [], drr.update
-    monkeypatch.setattr(drr, "update", lambda *a, **k: seen.append(a[5].guidance) or update(*a, **k))
-    decode(FakeModel(), COND, t_draft=4, t_revise=2, rounds=1, draft_guidance=4.0, draft_ramp=True)
-    assert seen == [1, 2, 3, 4, 1.8, 1.8]
-
-
-def test_revise_share_draws_the_least_likely_stacks_only():
-    model = FakeModel()
-    states = decode(model, COND, seed=2, t_draft=4, t_revise=2, rounds=1, revise_share=0.3, revise_guidance=1.0)
-    n = math.ceil(0.3 * N)
-    doubtful = torch.zeros(3, N, dtype=torch.bool).scatter(1, states[3].log_p.argsort(1)[:, :n], True)
-    assert len(states) == 6 and torch.equal(model.masks[4] | model.masks[5], doubtful)
-    assert not (model.masks[4] & model.masks[5]).any()
-
-
-def test_strategies_stay_within_the_region():
-    model, region = torch_model(tiny_transformer(N, D)), torch.arange(N) < 7
-    for changes in (dict(draft_pool=0.5), dict(order="sobol", draft_growing=True), dict(revise_share=0.5, revise_better=True)):
-        known = random_codes(3, N, D, seed=8)
-        states = decode(model, COND, codes=known, region=region, t_draft=3, rounds=2, **changes)
-        assert all(torch.equal(s.codes[:, ~region], known[:, ~region]) for s in states)
-        assert not states[-1].hidden.any() and (states[2].log_p != 0).equal(region.expand(3, N))
-
-
-@pytest.mark.parametrize("changes", [dict(draft_pool=0.0), dict(draft_pool=0.5), dict(order="sobol"), dict(revise_better=True),
-                                     dict(draft_growing=True, draft_guidance=3.0, draft_ramp=True), dict(revise_share=0.5)])
-def test_strategies_draw_the_same_picture_in_any_batch(changes):
-    model = torch_model(tiny_transformer(N, D))
-    together = decode(model, COND, seed=3, **changes)[-1].codes
-    assert torch.equal(decode(model, COND[[2]], seed=3, images=[2], **changes)[-1].codes, together[2:])
-    assert not torch.equal(together, decode(model, COND, seed=3)[-1].codes)

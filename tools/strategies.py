@@ -1,9 +1,9 @@
 """Other ways to decode than the paper's, written around `drr.update`, and the paper's written down plainly.
 
-    codes = strategies.sample(model, cond, seed, images, c)              # python -m tools.evaluate order=sobol
+    codes = strategies.sample(model, cond, seed, images, c)             # python -m tools.evaluate order=sobol
 
-`decode` takes the place of `drr.draft_and_revise`; docs/study.md compares the strategies, none of which wins clearly
-after revision. `plain_decode` is the slow, readable version: the fast one must draw the same codes.
+`decode` takes the place of `drr.draft_and_revise`; docs/study.md compares the strategies, none of which wins
+clearly after revision. `plain_decode` is the slow, readable version: the fast one must draw the same codes.
 """
 import math
 from types import SimpleNamespace
@@ -21,8 +21,8 @@ ALLOWED = {"order": "one of random, sobol", "draft_pool": "from 0 to 1", "revise
 
 
 def sampling_values(info, overrides, positions):
-    """common.sampling_values, with the keys of DEFAULTS besides: the values of the checkpoint's `info` (or of a
-    configuration) with `key=value` overrides on top. Raises UserError as that does."""
+    """common.sampling_values with the keys of DEFAULTS besides: the values of a checkpoint's `info` (or of a
+    configuration), with `key=value` overrides on top. Raises UserError as that does."""
     ours = [text for text in overrides if text.partition("=")[0] in DEFAULTS and "=" in text]
     c = common.sampling_values(info, [text for text in overrides if text not in ours], positions)
     values = {key: getattr(info.sample, key, value) for key, value in DEFAULTS.items()}
@@ -38,22 +38,22 @@ def sampling_values(info, overrides, positions):
     return SimpleNamespace(**vars(c), **values)
 
 
-# === Decoding: as drr.draft_and_revise, with six more choices ================================================
+# === Decoding: as drr.draft_and_revise, with six more choices ===============================================
 @torch.inference_mode()
 def decode(model, cond, noise, c, codes=None, region=None, update=drr.update):
-    """As drr.draft_and_revise: yields the State after every update. Keys of DEFAULTS that `c` lacks are the paper's.
+    """As drr.draft_and_revise: yields the State after every update. A key that `c` lacks has the paper's value.
 
     order           "sobol": the stacks of a set lie far apart (`sobol_order`)
     draft_growing   few stacks in the first sets of the draft, many in the last (`growing_partition`)
-    draft_ramp      the draft's guidance rises evenly from none at the first update to draft_guidance at the last
-    draft_pool      0 Top-C, 0.5 Top-C-50% (`update_likeliest`), 1 the paper's Random
-    revise_share    a round revises this share of the stacks, those that were least likely when they were drawn
+    draft_ramp      the draft's guidance rises evenly, from none in the first update to draft_guidance
+    draft_pool      0 is Top-C, 0.5 is Top-C-50% (`update_likeliest`), 1 is the paper's Random
+    revise_share    a round revises this share of the stacks, those that were drawn with the lowest probability
     revise_better   a revision keeps the old stack where it is more likely than the new one (`update_better`)
     """
     c = SimpleNamespace(**DEFAULTS | vars(c))
     if update is not drr.update and (c.draft_growing or c.draft_ramp or c.draft_pool < 1):
-        raise UserError("Compiled updates must be alike, and draft_growing, draft_ramp and draft_pool make each of "
-                        "them different; leave those out, or do not compile.")
+        raise UserError("Compiled updates must be alike, and draft_growing, draft_ramp and draft_pool make each "
+                        "of them different; leave those out, or do not compile.")
     if c.order == "sobol":
         noise = sobol_order(noise[0]), noise[1]
     order, uniforms = (tensor.to(cond.device) for tensor in noise)
@@ -74,8 +74,8 @@ def decode(model, cond, noise, c, codes=None, region=None, update=drr.update):
             ramp = t / max(1, len(sets) - 1)                                               # 0 .. 1
             sampling = sampling._replace(guidance=1 + ramp * (c.draft_guidance - 1))
         if c.draft_pool < 1:
-            state = update_likeliest(model, state, inside[0], positions.shape[1], c.draft_pool, uniforms[0], cond,
-                                     sampling, update)
+            state = update_likeliest(model, state, inside[0], positions.shape[1], c.draft_pool, uniforms[0],
+                                     cond, sampling, update)
         else:
             state = update(model, state, positions, uniforms[0], cond, sampling)
         yield state
@@ -102,21 +102,21 @@ def sample(model, cond, seed, images, c, codes=None, region=None, update=drr.upd
 
 
 def sobol_order(order):
-    """Orders (..., N) of the positions of a square map in which any run of successive ones is spread evenly: the
-    Sobol sequence, moved (around the edges) so that it starts where `order` (..., N) does."""
+    """Orders (..., N) of the positions of a square map in which any run of successive ones is spread evenly:
+    the Sobol sequence, moved (around the edges) so that it starts where `order` (..., N) does."""
     N = order.shape[-1]
     side = math.isqrt(N)
-    points = torch.quasirandom.SobolEngine(2).draw(4 ** (2 * side).bit_length())           # all cells are visited
+    points = torch.quasirandom.SobolEngine(2).draw(4 ** (2 * side).bit_length())       # visits all cells
     cells = (points * side).long().tolist()
-    in_order = list(dict.fromkeys(map(tuple, cells)))                                      # at their first visit
+    in_order = list(dict.fromkeys(map(tuple, cells)))                                  # by first visit
     y, x = torch.tensor(in_order, device=order.device).T                                   # (N,) each
     first = order[..., :1]
     return (y + first // side) % side * side + (x + first) % side
 
 
 def growing_partition(order, T):
-    """As drr.partition, but the t-th set leaves cos(pi t / 2 T) n positions (MaskGIT, arXiv 2202.04200), rounded;
-    each set has one position at least."""
+    """As drr.partition, but the t-th set leaves cos(pi t / 2 T) n positions, rounded (MaskGIT, arXiv
+    2202.04200); each set has at least one position."""
     n = order.shape[1]
     T = min(T, n)
     ends = [max(t, round(n * (1 - math.cos(math.pi / 2 * t / T)))) for t in range(1, T)]
@@ -124,18 +124,18 @@ def growing_partition(order, T):
 
 
 def update_likeliest(model, state, order, count, pool, uniforms, cond, sampling, update=drr.update):
-    """Top-C and Top-C-50% (Appendix C): draws all hidden stacks and hides them again, but for `count` of them.
+    """Top-C and Top-C-50% (Appendix C): draws all hidden stacks and hides them again, all but `count`.
 
-    Those that stay are the first ones in `order` (B, N) among the likeliest share `pool` of the hidden stacks (and
-    among the `count` likeliest for a smaller pool: pool 0 is Top-C, 1 the paper's Random).
+    Those that stay are the first in `order` (B, N) among the likeliest, which are the share `pool` of the drawn
+    stacks but at least `count`: pool 0 is Top-C, 1 the paper's Random.
     """
     B = len(order)
-    positions = order[state.hidden.gather(1, order)].view(B, -1)                           # (B, n), all hidden ones
+    positions = order[state.hidden.gather(1, order)].view(B, -1)                       # (B, n), all hidden
     drawn = update(model, state, positions, uniforms, cond, sampling)
     log_p = drawn.log_p.gather(1, positions)
     rank = log_p.argsort(dim=1, descending=True, stable=True).argsort(1)                   # 0: the likeliest
     outside = rank >= max(count, math.ceil(pool * positions.shape[1]))
-    first = outside.byte().argsort(dim=1, stable=True)[:, :count]                          # the pool comes first
+    first = outside.byte().argsort(dim=1, stable=True)[:, :count]                      # the pool first
     stays = torch.zeros_like(state.hidden).scatter(1, positions.gather(1, first), True)
     return merge(stays, drawn, state)
 
@@ -161,7 +161,8 @@ def log_probability(model, state, positions, cond, sampling):
     stacks = drr.select(state.codes, positions).flatten(0, 1)                              # (P, D), P = B n
     logits = depthwise_logits(model, state.codes, hidden, cond, positions, stacks)         # D times (P, K)
     if sampling.guidance != 1:
-        null = depthwise_logits(model, state.codes, hidden, torch.full_like(cond, model.null), positions, stacks)
+        null_cond = torch.full_like(cond, model.null)
+        null = depthwise_logits(model, state.codes, hidden, null_cond, positions, stacks)
         logits = [l_null + sampling.guidance * (l_cond - l_null) for l_cond, l_null in zip(logits, null)]
     log_p = torch.zeros(len(stacks), device=stacks.device)
     for d, logits_d in enumerate(logits):
@@ -187,13 +188,13 @@ def least_likely(state, positions, share):
     return positions.gather(1, doubtful)
 
 
-# === The paper's decoding, as one would write it down first ==================================================
+# === The paper's decoding, as one would write it down first =================================================
 @torch.inference_mode()
 def plain_decode(transformer, cond, noise, c):
     """Codes (B, N, D) for conditions cond (B, L) and `noise` of drr.draw_noise, in the paper's way.
 
-    At every update all positions go through all blocks, with and without the condition, every depth starts from its
-    first code again, and what is not needed is thrown away.
+    At every update all positions go through all blocks, with and without the condition, every depth starts from
+    its first code again, and what is not needed is thrown away.
     """
     order, uniforms = (tensor.to(cond.device) for tensor in noise)
     B, N, D = uniforms.shape[1:]
