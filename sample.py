@@ -6,10 +6,10 @@
     python sample.py --image IN.png --region 8,8,24,24 --class 980   # repaint a region as another class
     python sample.py --reconstruct IN.png                            # what the RQ-VAE keeps, by depth
 """
-import argparse
 import math
 import tempfile
 import time
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 
 import numpy as np
@@ -36,34 +36,32 @@ FLAGS = [("--t-draft", "t_draft", "updates of the draft"),
 
 
 def parse_arguments():
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--class", dest="classes", metavar="C", help="index, folder name (wnid) name, or `none` for the null class; "
-        "several, separated by commas and used in turn")
+    add("--class", dest="classes", metavar="C", help="index, folder name (wnid) or name of a class, or "
+        "`none` for the null class; several, separated by commas, are used in turn")
     add("--num", type=int, metavar="N", help="number of pictures in all (16, or as many as classes)")
     add("--seed", type=int, default=0, help="picture i of a seed is the same in any batch (0)")
     add("--out", metavar="PNG", help="the grid of all pictures (samples/CLASS_seedSEED.png)")
     add("--out-dir", metavar="DIR", help="also one PNG per picture: 000.png, 001.png, ...")
     add("--strip", action="store_true", help="one row per picture: states of the draft, then each revision")
-    group = parser.add_argument_group("decoding (defaults: the checkpoint's)")
+    add("--checkpoint", metavar="DIR", help="vae.safetensors and transformer.safetensors (the bundled ones)")
+    add("--backend", default="torch", choices=["torch", "onnx", "trt"],
+        help="onnx, trt: the graphs or engines that export.py wrote, and no PyTorch weights")
+    add("--exported", metavar="DIR", default="exported", help="where export.py wrote them (exported)")
+    add("--compile", action="store_true", help="torch.compile, CUDA graphs on a GPU; slow at first")
+    add_device_arguments(parser)
+    add("overrides", nargs="*", metavar="key=value", help="sampling values that replace the checkpoint's")
+    add = parser.add_argument_group("decoding, also as key=value (defaults: the checkpoint's)").add_argument
     for flag, key, text in FLAGS:
-        group.add_argument(flag, dest="flags", action="append", default=[], type=(key + "={}").format,
-                           metavar=key, help=text)
+        write = (key + "={}").format
+        add(flag, dest="flags", action="append", default=[], type=write, metavar=key, help=text)
     add = parser.add_argument_group("pictures that come in (the model sees the central square)").add_argument
     add("--image", metavar="PNG", help="repaint a part of this picture")
     add("--region", metavar="X0,Y0,X1,Y1", help="the part to repaint, in the picture's own pixels")
     add("--mask", metavar="PNG", help="the part to repaint: white in a picture of the same size")
     add("--paste", action="store_true", help="put the original pixels back outside the part")
     add("--reconstruct", metavar="PNG", help="show this picture beside its decodes from depth 1 .. D")
-    add = parser.add_argument
-    add("--checkpoint", metavar="DIR", help="vae.safetensors and transformer.safetensors (the bundled ones)")
-    add("--backend", default="torch", choices=["torch", "onnx", "trt"],
-        help="onnx, trt: the graphs or engines that export.py wrote, and no PyTorch weights")
-    add("--exported", metavar="DIR", default="exported", help="where export.py wrote them (exported)")
-    add("overrides", nargs="*", metavar="key=value", help="sampling values that replace the checkpoint's")
-    add("--compile", action="store_true", help="torch.compile, CUDA graphs on a GPU: slow at first, then fast")
-    add_device_arguments(parser)
     args = parser.parse_intermixed_args()
     args.given = {key for key, value in vars(args).items() if value not in (parser.get_default(key), [])}
     return args
@@ -125,7 +123,7 @@ def resize_mask(mask, size):
         x, y = math.floor(left), math.floor(top)
         square = Image.fromarray(mask).crop((x, y, x + side, y + side))
         result = np.array(square.resize((size, size), Image.NEAREST))
-    else:                                                    # one hidden pixel hides the one that it falls into
+    else:                                                    # a hidden pixel hides the one that it falls into
         corners = np.argwhere(mask) - (top, left)            # (P, 2): row and column in the square
         seen = corners[((corners > -1) & (corners < side)).all(1)]
         rows, columns = (seen * size / side).clip(0).astype(int).T
@@ -141,11 +139,12 @@ def output_paths(args, num):
     """The grid's path and those of the single pictures. Fails before the work rather than after it."""
     name = (args.classes or "sample").replace(",", "-").replace(" ", "_").replace("/", "_")[:40]
     out = Path(args.out or f"samples/{name}_seed{args.seed}.png")
-    folder = Path(args.out_dir or "")
-    single = [folder / f"{i:03d}.png" for i in range(num)] if args.out_dir is not None else []
+    count = 0 if args.out_dir is None else num
+    single = [Path(args.out_dir) / f"{i:03d}.png" for i in range(count)]
     inputs = [Path(path) for path in (args.image, args.mask) if path]
     check_writable(out, [*inputs, *single])
-    check_writable(out if not single else single[0])
+    for path in single[:1]:
+        check_writable(path)
     if {path.resolve() for path in single} & {path.resolve() for path in inputs}:
         raise UserError(f"--out-dir {args.out_dir} would replace --image or --mask; give it another folder.")
     return out, single
@@ -172,8 +171,8 @@ def hide(images, hidden):
 def generate(model, cond, images, seed, c, update, bar, codes=None, region=None, keep=()):
     """The pictures number `images` of a seed, for the conditions cond (B, L): (B, 3, S, S).
 
-    codes (B, N, D) and region (N,): in-painting. keep: the updates of the draft that are to be shown, in which
-    case the second result is a list of pictures (B, 3, S, S), of these and of the end of each revision.
+    codes (B, N, D) and region (N,): in-painting. keep: the updates of the draft to show; then the second
+    result is a list of pictures (B, 3, S, S): the draft after each of them, and the end of each revision.
     """
     noise = drr.draw_noise(seed, images, 1 + c.rounds, model.positions, model.depth)
     hidden = []
@@ -186,7 +185,7 @@ def generate(model, cond, images, seed, c, update, bar, codes=None, region=None,
         ends[state.round] = state.codes
     if not keep:
         return model.decode(state.codes), []
-    # A draft does not change what it has drawn: its end, with what was hidden in grey, shows any of its states.
+    # A draft does not change what it has drawn: its end, with the hidden part grey, is any earlier state.
     draft, *revisions = (model.decode(codes) for codes in ends.values())
     return (revisions or [draft])[-1], [*(hide(draft, h) for h in hidden), *revisions]
 

@@ -1,6 +1,6 @@
 """Real runs of the real scripts, each in a process of its own.
 
-Such a process is forked from one that has torch in memory already: importing it takes longer than most of the runs.
+Such a process is forked from one that has torch in memory already: importing it takes longer than most runs.
 """
 import atexit
 import functools
@@ -16,8 +16,9 @@ from types import SimpleNamespace
 
 from conftest import REPO
 
-# On the CPU, where there is a GPU, too: what is compared to the bit, or said about the device, is the CPU's.
-ENVIRONMENT = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": str(REPO), "CUDA_VISIBLE_DEVICES": ""}
+# On the CPU, where there is a GPU, too: what must be bit-identical, or names the device, is the CPU's.
+ENVIRONMENT = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": str(REPO),
+               "CUDA_VISIBLE_DEVICES": ""}
 SECONDS = 300               # after that a run hangs
 
 SERVER = """
@@ -50,18 +51,19 @@ for line in sys.stdin:                       # answers with the pid, then with t
 def server():
     """The process to fork from, and a folder for what the runs print."""
     folder = tempfile.TemporaryDirectory()
-    process = subprocess.Popen([sys.executable, "-c", SERVER], env=ENVIRONMENT, text=True, stdin=subprocess.PIPE,
-                               stdout=subprocess.PIPE)
+    process = subprocess.Popen([sys.executable, "-c", SERVER], env=ENVIRONMENT, text=True,
+                               stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     atexit.register(process.communicate)     # closes its input: it ends
     return process, folder
 
 
 def start(script, *arguments, cwd, without=()):
-    """Begins `python SCRIPT ARGUMENTS`, a script of this repository, and returns its process number; one at a time.
+    """Begins `python SCRIPT ARGUMENTS`, a script of this repository; returns its process number. One by one.
     without: modules that it shall not find."""
     process, folder = server()
     out, err = (str(Path(folder.name, name)) for name in ("out", "err"))
-    script = str(REPO / script) if script.endswith(".py") else script           # or tools.evaluate, as for python -m
+    if script.endswith(".py"):                                 # otherwise it is a module, as for python -m
+        script = str(REPO / script)
     arguments = [script, *map(str, arguments)]
     task = {"arguments": arguments, "cwd": str(cwd), "out": out, "err": err, "without": without}
     print(json.dumps(task), file=process.stdin, flush=True)
@@ -80,11 +82,11 @@ def wait(pid):
 
 
 def execute(first, *arguments, cwd, without=()):
-    """Runs `python ARGUMENTS`, the first being a script of this repository or `-c`, which gets a Python without anything."""
+    """Runs `python ARGUMENTS`; the first is a script, a module such as tools.evaluate, or `-c`."""
     if first != "-c":
         return wait(start(first, *arguments, cwd=cwd, without=without))
-    return subprocess.run([sys.executable, first, *map(str, arguments)], cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True,
-                          timeout=SECONDS)
+    return subprocess.run([sys.executable, first, *map(str, arguments)], cwd=cwd, env=ENVIRONMENT,
+                          capture_output=True, text=True, timeout=SECONDS)
 
 
 def run(*arguments, cwd):
