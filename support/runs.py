@@ -247,10 +247,10 @@ MAY_CHANGE = {"steps", "micro_batch", "log_every", "picture_every", "save_every"
               "recompute", "half", "in_memory", "workers"}
 
 
-def settings_of(config, sections, precision, pictures, **others):
-    """A flat dictionary of these sections, the precision, the data's fingerprint, and others."""
+def settings_of(config, sections, precision, pictures):
+    """A flat dictionary of these sections, the precision and the data's fingerprint."""
     flat = {f"{s}.{k}": v for s in sections for k, v in vars(getattr(config, s)).items()}
-    return {**flat, "precision": precision, "the pictures in --data": pictures, **others}
+    return {**flat, "precision": precision, "the pictures in --data": pictures}
 
 
 def refuse_replacing(weights, force):
@@ -457,11 +457,11 @@ class Log:
         unreadable = total(torch.tensor(self.unreadable, device=self.device)).item()
         speed = {"images_per_s": rate, "mfu": rate / self.fastest, "unreadable": unreadable}
         row = {"step": step, **terms, **speed}
-        shown = [f"{name} {value:.4g}" for name, value in row.items() if value]
+        shown = [f"{name} {value:.4g}" for name, value in {**terms, **speed}.items() if value]
         for name, values in by_depth.items():
             row |= {f"{name}_{d}": value.item() for d, value in enumerate(values, 1)}
             shown.append(f"{name}_1..{len(values)} {' '.join(f'{v:.3g}' for v in values)}")
-        tqdm.write(" ".join(shown))
+        tqdm.write(f"step {step} {' '.join(shown)}")
         if ranks()[0] == 0:
             with open(self.path, "a") as f:
                 if not self.columns:
