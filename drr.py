@@ -60,7 +60,7 @@ class ResidualQuantizer(nn.Module):
 
     def quantize(self, z, temperature=0.0, uniforms=None):
         """Residual quantization of z (..., n_z): codes (..., D) and partial sums z_hat^(d) (..., D, n_z).
-        With a temperature > 0 codes are drawn from `soft_codes`, with uniforms (..., D) (RQ-VAE section 3.2.3)."""
+        With a temperature codes are drawn from `soft_codes`, by uniforms (..., D) (RQ-VAE section 3.2.3)."""
         z = z.detach().float()
         residual = z                                                # r_0 = z
         codes, partial_sums = [], []
@@ -92,7 +92,7 @@ class ResidualQuantizer(nn.Module):
     @torch.no_grad()
     def update_codebook(self, vectors, codes, generator=None):
         """One step of the moving averages (van den Oord et al. 2017, appendix A.1), with Laplace smoothing;
-        all ranks together. vectors (P, n_z) were represented by codes (P,). Codes with an average count below 1
+        all ranks together. vectors (P, n_z) are represented by codes (P,). Codes with an average count < 1
         restart from vectors that are drawn with `generator` (on the CPU), if there is one."""
         # DEVIATION: the official code does this after every depth, so that in training its z_hat no longer
         # belongs to its codes. One call a step, on the residuals of all depths, is simpler and consistent.
@@ -349,7 +349,7 @@ class Block(nn.Module):
         self.fc1, self.fc2 = nn.Linear(d_model, 4 * d_model), nn.Linear(4 * d_model, d_model)
 
     def forward(self, x, causal=False, cache=None, position=0, selected=None):
-        """With `cache` (2, B, heads, D, head_dim) x is one token, at `position`: its key and value go there, and
+        """With `cache` (2, B, heads, D, head_dim) x is one token, at `position`: key and value go there, and
         it sees the positions up to its own. With `selected` (B, n) only these tokens, which see all of x,
         are computed: (B, n, d_model)."""
         y = self.ln1(x)

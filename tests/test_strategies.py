@@ -29,8 +29,8 @@ CASES = {                           # those of fixtures/strategies.npz
     "better": {"revise_better": True, "t_revise": 3},
     "least likely half": {"revise_share": 0.5},
     "least likely third, better": {"revise_share": 0.3, "revise_better": True, "t_revise": 4, "rounds": 3},
-    "all": {"order": "sobol", "draft_growing": True, "draft_ramp": True, "draft_pool": 0.5, "draft_guidance": 2.0,
-            "revise_share": 0.6, "revise_better": True, "t_draft": 6, "t_revise": 3},
+    "all": {"order": "sobol", "draft_growing": True, "draft_ramp": True, "draft_pool": 0.5,
+            "draft_guidance": 2.0, "revise_share": 0.6, "revise_better": True, "t_draft": 6, "t_revise": 3},
 }
 
 
@@ -53,8 +53,8 @@ def empty():
 # === Parity =================================================================================================
 @pytest.mark.parametrize("name", CASES)
 def test_draws_the_codes_it_drew_before_the_move(model, name):
-    """Recorded with the code of commit 170e051, seeds 0 and 1, from a model whose draws have no near ties: the same
-    in float64 and with weights changed by 3e-6 of themselves."""
+    """Recorded with the code of commit 170e051, for seeds 0 and 1, which have no near ties: the codes are the
+    same in float64 and with weights changed by 3e-6 of themselves."""
     recorded = np.load(TESTS / "fixtures" / "strategies.npz")
     c = sample_section(**CASES[name])
     for seed in (0, 1):
@@ -94,7 +94,7 @@ def test_growing_partition_covers_every_position_once_in_as_many_sets(n, T):
 
 def test_growing_partition_grows():
     sizes = [s.shape[1] for s in strategies.growing_partition(torch.arange(64)[None], 8)]
-    assert sizes == [1, 4, 6, 8, 9, 12, 12, 12]                                # 64 (1 - cos(pi t / 16)), rounded
+    assert sizes == [1, 4, 6, 8, 9, 12, 12, 12]                             # 64 (1 - cos(pi t / 16)), rounded
 
 
 @pytest.mark.parametrize("side", [1, 2, 3, 4, 5, 7, 8, 16])
@@ -142,8 +142,8 @@ def test_the_whole_pool_is_the_random_draft(model):
     sampling = drr.Sampling(1.0, 1.0, 0, 1.0)
     state = empty()
     for positions in drr.partition(order[0], 4):
-        state = strategies.update_likeliest(model, state, order[0], positions.shape[1], 1.0, uniforms[0], COND,
-                                            sampling)
+        state = strategies.update_likeliest(model, state, order[0], positions.shape[1], 1.0, uniforms[0],
+                                            COND, sampling)
     assert torch.equal(state.codes, decode(model, seed=4, t_draft=4, rounds=0)[-1].codes)
 
 
@@ -156,7 +156,7 @@ def test_a_smaller_pool_keeps_the_first_of_the_most_likely(model, pool, growing)
     before = empty()
     for positions, after in zip(partition(order[0], 5), states, strict=True):
         count = positions.shape[1]
-        for b in range(3):                                                     # a slow reference, a row at a time
+        for b in range(3):                                                 # a slow reference, a row at a time
             hidden = [n for n in order[0, b].tolist() if before.hidden[b, n]]
             one = before._replace(codes=before.codes[b:b + 1], hidden=before.hidden[b:b + 1],
                                   log_p=before.log_p[b:b + 1])
@@ -184,7 +184,8 @@ def test_revise_better_keeps_the_more_likely_of_old_and_new(model):
     stays = torch.zeros(3, N, dtype=torch.bool).scatter(1, positions, old_p > new_p)
     assert 0 < stays.sum() < 24                                                # some of either kind
     assert torch.equal(kept.codes, torch.where(stays[..., None], codes, new.codes))
-    torch.testing.assert_close(kept.log_p.gather(1, positions), torch.maximum(old_p, new_p), atol=1e-4, rtol=0)
+    kept_p = kept.log_p.gather(1, positions)
+    torch.testing.assert_close(kept_p, torch.maximum(old_p, new_p), atol=1e-4, rtol=0)
 
 
 @torch.no_grad()
@@ -236,12 +237,13 @@ def test_values_are_the_papers_unless_they_are_given():
     assert strategies.DEFAULTS.items() <= vars(strategies.sampling_values(config, [], 64)).items()
     c = strategies.sampling_values(config, ["order=sobol", "rounds=1", "draft_pool=0"], 64)
     assert (c.order, c.rounds, c.draft_pool, c.draft_growing) == ("sobol", 1, 0.0, False)
-    config.sample.draft_growing = True                                         # an older checkpoint carries it
+    config.sample.draft_growing = True                                     # an older checkpoint carries it
     assert strategies.sampling_values(config, [], 64).draft_growing is True
 
 
 @pytest.mark.parametrize("override", [
-    "order=sideways", "draft_pool=1.5", "revise_share=0", "draft_growing=perhaps", "order=[", "sobol", "rounds=-1"])
+    "order=sideways", "draft_pool=1.5", "revise_share=0", "draft_growing=perhaps", "order=[", "sobol",
+    "rounds=-1"])
 def test_mistaken_values_are_one_sentence(override):
     with pytest.raises(drr.UserError, match=override.partition("=")[0]) as error:
         strategies.sampling_values(common.load_config("smoke"), [override], 64)

@@ -521,7 +521,7 @@ def sampled(args, checkpoint, c, classes, device, dtype):
         known = [i for i, name in enumerate(info.classes) if name in classes]
         chosen = known or list(range(len(info.classes)))
     model = drr.TorchModel(vae, transformer, device, dtype)
-    update = fast.compiled_update(model, c) if args.compile else drr.update
+    update = fast.compiled_update(model) if args.compile else drr.update
     values = " ".join(f"{key}={value}" for key, value in vars(c).items())
     content = [drr.fingerprint(vae), drr.fingerprint(transformer), values, chosen, args.seed, str(dtype)]
     name = (f"{args.number} samples of {args.checkpoint}, seed {args.seed}, {precision_name(dtype)}, "

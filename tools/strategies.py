@@ -41,19 +41,19 @@ def sampling_values(info, overrides, positions):
 # === Decoding: as drr.draft_and_revise, with six more choices ===============================================
 @torch.inference_mode()
 def decode(model, cond, noise, c, codes=None, region=None, update=drr.update):
-    """As drr.draft_and_revise: yields the State after every update. A key that `c` lacks has the paper's value.
+    """As drr.draft_and_revise: yields the State after every update. A key that `c` lacks is the paper's.
 
     order           "sobol": the stacks of a set lie far apart (`sobol_order`)
     draft_growing   few stacks in the first sets of the draft, many in the last (`growing_partition`)
     draft_ramp      the draft's guidance rises evenly, from none in the first update to draft_guidance
     draft_pool      0 is Top-C, 0.5 is Top-C-50% (`update_likeliest`), 1 is the paper's Random
-    revise_share    a round revises this share of the stacks, those that were drawn with the lowest probability
+    revise_share    a round revises this share of the stacks, those drawn with the lowest probability
     revise_better   a revision keeps the old stack where it is more likely than the new one (`update_better`)
     """
     c = SimpleNamespace(**DEFAULTS | vars(c))
     if update is not drr.update and (c.draft_growing or c.draft_ramp or c.draft_pool < 1):
-        raise UserError("Compiled updates must be alike, and draft_growing, draft_ramp and draft_pool make each "
-                        "of them different; leave those out, or do not compile.")
+        raise UserError("Compiled updates must be alike, and draft_growing, draft_ramp and draft_pool make each"
+                        " of them different; leave those out, or do not compile.")
     if c.order == "sobol":
         noise = sobol_order(noise[0]), noise[1]
     order, uniforms = (tensor.to(cond.device) for tensor in noise)
@@ -126,8 +126,8 @@ def growing_partition(order, T):
 def update_likeliest(model, state, order, count, pool, uniforms, cond, sampling, update=drr.update):
     """Top-C and Top-C-50% (Appendix C): draws all hidden stacks and hides them again, all but `count`.
 
-    Those that stay are the first in `order` (B, N) among the likeliest, which are the share `pool` of the drawn
-    stacks but at least `count`: pool 0 is Top-C, 1 the paper's Random.
+    Those that stay are the first in `order` (B, N) among the likeliest: the share `pool` of the drawn stacks,
+    but at least `count`. A pool of 0 is Top-C, of 1 the paper's Random.
     """
     B = len(order)
     positions = order[state.hidden.gather(1, order)].view(B, -1)                       # (B, n), all hidden
@@ -193,8 +193,8 @@ def least_likely(state, positions, share):
 def plain_decode(transformer, cond, noise, c):
     """Codes (B, N, D) for conditions cond (B, L) and `noise` of drr.draw_noise, in the paper's way.
 
-    At every update all positions go through all blocks, with and without the condition, every depth starts from
-    its first code again, and what is not needed is thrown away.
+    At every update all positions go through all blocks, with and without the condition, every depth starts
+    from its first code again, and what is not needed is thrown away.
     """
     order, uniforms = (tensor.to(cond.device) for tensor in noise)
     B, N, D = uniforms.shape[1:]
