@@ -55,7 +55,7 @@ def save_samples(transformer, vae, c, device, dtype, path):
     save_picture(grid(to_pixels(model.decode(codes)), 4, max(1, 128 // vae.size)), path)
 
 
-# === Set-up: the RQ-VAE, what is trained, the codes of a step ===============================================
+# === Set-up: the RQ-VAE, what is trained, codes and conditions ==============================================
 def load_vae(path, beside):
     """RQ-VAE, its section, its former fingerprints. Raises UserError where another is `beside` the result."""
     vae, section = drr.load_vae(path)

@@ -439,7 +439,7 @@ class Log:
         if len(self.times) == 3:
             seconds = sorted(self.times)[1]    # the first step compiles, and fills caches
             left = self.c.steps - done
-            print(self.announcement.format(left, seconds, tqdm.format_interval(left * seconds)))
+            tqdm.write(self.announcement.format(left, seconds, tqdm.format_interval(left * seconds)))
 
     def drop_rows_after(self, step):
         rows = [line.split(",") for line in self.path.read_text(errors="replace").splitlines()]
