@@ -1,9 +1,9 @@
 """What a training will cost, before it starts: memory of each GPU, operations, hours.
 
-    python -m tools.estimate imagenet-821m --gpus 1,8 --tflops 990    # planned for GPUs of 990 TFLOP/s in bf16
-    python -m tools.estimate imagenet-371m transformer.batch_size=512 # for this machine, whose rate is measured
+    python -m tools.estimate imagenet-821m --gpus 1,8 --tflops 990      # for GPUs of 990 TFLOP/s in bf16
+    python -m tools.estimate imagenet-371m transformer.batch_size=512   # for this machine, measured
 
-Without a preset the table has all of them. Everything here is arithmetic on the configuration; nothing is trained.
+Without a preset the table has all of them. This is arithmetic on the configuration; nothing is trained.
 """
 import argparse
 import math
@@ -30,7 +30,7 @@ class Perceptual(NamedTuple):
     kept: float         # bytes for the backward pass, per pixel
 
 
-# By the layers of VGG16 and LPIPS in float32; EfficientNet-Lite0 as published, scaled to the eleven blocks used.
+# LPIPS by the layers of VGG16, in float32; EfficientNet-Lite0 roughly, from its published operations.
 PERCEPTUAL = {"lpips": Perceptual(14.7e6, 6.1e5, 2.4e3), "efficientnet": Perceptual(4.7e6, 1.1e4, 1.5e3)}
 
 
@@ -44,22 +44,23 @@ def modules(stage, config):
             return [vae] + [Discriminator(c.disc, c.disc_ch, c.disc_layers)] * bool(adversary), []
         c = config.transformer
         conditions = drr.conditions(c, range(CLASSES))
-        model = drr.ContextualRQTransformer(c, conditions, vae.side ** 2, config.vae.depth, vae.quantizer.codebook)
+        model = drr.ContextualRQTransformer(c, conditions, vae.side ** 2, config.vae.depth,
+                                            vae.quantizer.codebook)
         return [model], [vae]
 
 
 # === Memory =================================================================================================
 class Memory(NamedTuple):
     parameters: int     # that the stage trains, on all devices together
-    state: int          # bytes on each device: float32 weights, gradients, Adam's moments, moving average, frozen parts
+    state: int          # bytes on each device: weights, gradients, Adam's moments, average, frozen modules
     activations: int    # bytes that a micro-batch adds at its peak
 
 
 def memory(stage, config, world=1, dtype=torch.bfloat16, batch=None):
     """Memory of each of `world` devices for micro-batches of `batch` images (the configuration's).
 
-    Not in it: the CUDA context (about 0.5 GB), gaps between the allocator's blocks, what cuDNN and NCCL take, and
-    training data on the device.
+    Not in it: the CUDA context (about 0.5 GB), gaps between the allocator's blocks, what cuDNN and NCCL take,
+    and training data on the device.
     """
     trained, frozen = modules(stage, config)
     c = getattr(config, stage)
@@ -70,7 +71,7 @@ def memory(stage, config, world=1, dtype=torch.bfloat16, batch=None):
         if c.shard:
             state //= world
     else:
-        state += 4 * sum(p.numel() for p in trained[0].decoder.parameters())               # the decoder's average
+        state += 4 * sum(p.numel() for p in trained[0].decoder.parameters())     # the decoder's average
         if c.perceptual_weight:
             state += 4 * int(PERCEPTUAL[c.perceptual].parameters)
     for module in trained + frozen:
@@ -94,18 +95,18 @@ def transformer_activations(config, size):
     T = N + (c.text_length if c.cond == "text" else 1)
     d = c.d_model
     stacks = N * v.depth                                       # tokens of the depth transformer
-    written_out = size == 4 or T <= drr.SHORT                  # a fused kernel keeps no attention matrix
+    written_out = size == 4 or T <= 16          # as in drr.attention; a fused kernel keeps no matrix
 
     def block(tokens, keys, matrix):
-        if c.recompute:
-            return tokens * 4 * d                              # its input alone
-        # Inputs of both normalizations; then inputs of the products (qkv d, attention 3 d, proj d, fc1 d, fc2 4 d)
-        # and of the GELU (4 d).
+        # Inputs of both normalizations, in float32; inputs of the products (qkv d, attention 3 d, proj d, fc1 d,
+        # fc2 4 d) and of the GELU (4 d); the attention matrix.
         return tokens * (8 * d + 14 * size * d + matrix * keys * (d // c.head_dim) * size)
-    kept = c.n_spatial * block(T, T, written_out) + c.n_depth * block(stacks, v.depth, True)
-    # Cross-entropy: log-softmax, its gradient and that of the logits; or, if it is larger, an MLP's backward pass.
-    head = stacks * max(12 * v.codebook_size + 4 * d + size * d, 4 * d + 8 * size * d)
-    return kept + head
+    spatial, depth = block(T, T, written_out), block(stacks, v.depth, True)
+    # The backward pass begins with the cross-entropy (log-softmax, its gradient, that of the logits) and an MLP.
+    head = stacks * (12 * v.codebook_size + 4 * d + size * d)
+    if c.recompute:                                            # inputs of all blocks, and all of one block
+        return 4 * d * (c.n_spatial * T + c.n_depth * stacks) + max(head, depth + stacks * 4 * size * d)
+    return c.n_spatial * spatial + c.n_depth * depth + max(head, stacks * (4 * d + 8 * size * d))
 
 
 def vae_activations(trained, c, size):
@@ -115,7 +116,7 @@ def vae_activations(trained, c, size):
     def keep(module, inputs, output):
         nonlocal total
         x = inputs[0]
-        if isinstance(module, torch.nn.GroupNorm):             # its input and its output, which SiLU keeps, in float32
+        if isinstance(module, torch.nn.GroupNorm):             # and its output, which SiLU keeps, in float32
             total += 4 * (x.numel() + output.numel())
         elif isinstance(module, torch.nn.BatchNorm2d):
             total += size * x.numel()
@@ -134,7 +135,7 @@ def vae_activations(trained, c, size):
 
 # === Operations =============================================================================================
 def forward(models, c):
-    """Runs models of images for one image, on the device `meta`: shapes only. Quantization costs next to nothing."""
+    """Runs models of images for one image, on the device `meta`: shapes only, and without quantization."""
     images = torch.empty(1, 3, c.resolution, c.resolution, device="meta")
     for model in models:
         if isinstance(model, drr.RQVAE):
@@ -144,14 +145,14 @@ def forward(models, c):
 
 
 def flops_per_image(stage, config):
-    """Floating-point operations (2 a multiply-add) that an image costs in training: matrix products, convolutions
-    and attention, forward and backward (twice the forward pass)."""
+    """Floating-point operations (2 per multiply-add) that an image costs in training: matrix products,
+    convolutions and attention, forward and backward (twice the forward pass)."""
     c, v = config.transformer, config.vae
     if stage == "transformer":
         N = (v.resolution >> len(v.ch_mult) - 1) ** 2
         T = N + (c.text_length if c.cond == "text" else 1)
         d, D = c.d_model, v.depth
-        stacks = round(2 / math.pi * N + 0.5) * D              # the mean of ceil(cos(pi r / 2) N) (Eq. 10), times D
+        stacks = round(2 / math.pi * N + 0.5) * D              # the mean of ceil(cos(pi r / 2) N), times D
         blocks = c.n_spatial * T * (24 * d * d + 4 * T * d) + c.n_depth * stacks * (24 * d * d + 4 * D * d)
         total = 3 * (blocks + stacks * 2 * d * v.codebook_size + 2 * (N + stacks) * v.code_dim * d)
         if c.recompute:                                        # the blocks once more, but for fc2
@@ -175,11 +176,12 @@ def flops_per_image(stage, config):
 
 # === The command ============================================================================================
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("words", nargs="*", metavar="PRESET or section.key=value", help="all presets, as they are")
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    parser.add_argument("words", nargs="*", metavar="PRESET or section.key=value", help="(all presets)")
     parser.add_argument("--gpus", default="1,8", help="numbers of devices (1,8)")
-    parser.add_argument("--tflops", type=float, help="plan for GPUs with this rate in bf16, not for this machine")
-    parser.add_argument("--mfu", type=float, default=0.4, help="the share of the rate that a training reaches (0.4)")
+    parser.add_argument("--tflops", type=float, help="plan for GPUs with this rate in bf16")
+    parser.add_argument("--mfu", type=float, default=0.4, help="the share of it that a training reaches (0.4)")
     add_device_arguments(parser)
     args = parser.parse_intermixed_args()
     overrides = [word for word in args.words if "=" in word]
@@ -189,15 +191,15 @@ def main():
     if not re.fullmatch("[1-9][0-9]{0,5}(,[1-9][0-9]{0,5})*", args.gpus):
         raise UserError(f"--gpus is {args.gpus!r}; expected numbers of devices such as 1,8.")
     if not 0 < args.mfu <= 1 or args.tflops is not None and not 0 < args.tflops < math.inf:
-        raise UserError(f"--tflops is {args.tflops} and --mfu {args.mfu}; expected numbers above 0, --mfu at most 1.")
+        raise UserError(f"--tflops is {args.tflops} and --mfu {args.mfu}; expected more than 0, --mfu at most 1.")
     if args.tflops:
         if (args.device, args.precision) != ("auto", "auto"):
-            raise UserError("--tflops plans for other hardware than this; leave --device and --precision out.")
+            raise UserError("--tflops plans for other hardware; leave --device and --precision out.")
         dtype, rate = torch.bfloat16, args.tflops * 1e12
     else:
         device, dtype = pick_device(args)
         rate = matrix_rate(device, dtype)
-    print(f"{precision_name(dtype)}: {rate / 1e12:.4g} TFLOP/s, of which a training reaches {args.mfu:.0%} (--mfu).")
+    print(f"{precision_name(dtype)}: {rate / 1e12:.4g} TFLOP/s, and a training reaches {args.mfu:.0%} (--mfu).")
     print("preset            stage        GPUs  micro-batch  parameters  "
           "state GB  activations GB  GB per GPU  TFLOP per step     hours")
     for name, config in configs.items():
@@ -209,7 +211,7 @@ def main():
                 hours = c.steps * flops / (rate * args.mfu * world) / 3600
                 print(f"{name:16}  {stage:11}  {world:4d}  {runs.micro_batch(stage, c, world):11d}  "
                       f"{m.parameters / 1e6:9.1f}M  {m.state / 1e9:8.2f}  {m.activations / 1e9:14.2f}  "
-                      f"{(m.state + m.activations) / 1e9:10.2f}  {flops / 1e12:14.4g}  {hours:8.2f}", flush=True)
+                      f"{(m.state + m.activations) / 1e9:10.2f}  {flops / 1e12:14.4g}  {hours:8.2f}")
 
 
 if __name__ == "__main__":
