@@ -98,11 +98,11 @@ def transformer_activations(config, size):
     written_out = size == 4 or T <= 16          # as in drr.attention; a fused kernel keeps no matrix
 
     def block(tokens, keys, matrix):
-        # Inputs of both normalizations, in float32; inputs of the products (qkv d, attention 3 d, proj d, fc1 d,
-        # fc2 4 d) and of the GELU (4 d); the attention matrix.
+        # Inputs of both normalizations, in float32; inputs of products (qkv d, attention 3d, proj d, fc1 d,
+        # fc2 4d) and of the GELU (4d); the attention matrix.
         return tokens * (8 * d + 14 * size * d + matrix * keys * (d // c.head_dim) * size)
     spatial, depth = block(T, T, written_out), block(stacks, v.depth, True)
-    # The backward pass begins with the cross-entropy (log-softmax, its gradient, that of the logits) and an MLP.
+    # The backward pass begins with cross-entropy (log-softmax, its gradient, that of the logits) and an MLP.
     head = stacks * (12 * v.codebook_size + 4 * d + size * d)
     if c.recompute:                                            # inputs of all blocks, and all of one block
         return 4 * d * (c.n_spatial * T + c.n_depth * stacks) + max(head, depth + stacks * 4 * size * d)
@@ -181,7 +181,7 @@ def main():
     parser.add_argument("words", nargs="*", metavar="PRESET or section.key=value", help="(all presets)")
     parser.add_argument("--gpus", default="1,8", help="numbers of devices (1,8)")
     parser.add_argument("--tflops", type=float, help="plan for GPUs with this rate in bf16")
-    parser.add_argument("--mfu", type=float, default=0.4, help="the share of it that a training reaches (0.4)")
+    parser.add_argument("--mfu", type=float, default=0.4, help="the share that a training reaches (0.4)")
     add_device_arguments(parser)
     args = parser.parse_intermixed_args()
     overrides = [word for word in args.words if "=" in word]
@@ -191,7 +191,7 @@ def main():
     if not re.fullmatch("[1-9][0-9]{0,5}(,[1-9][0-9]{0,5})*", args.gpus):
         raise UserError(f"--gpus is {args.gpus!r}; expected numbers of devices such as 1,8.")
     if not 0 < args.mfu <= 1 or args.tflops is not None and not 0 < args.tflops < math.inf:
-        raise UserError(f"--tflops is {args.tflops} and --mfu {args.mfu}; expected more than 0, --mfu at most 1.")
+        raise UserError(f"--tflops is {args.tflops} and --mfu {args.mfu}; expected above 0, --mfu at most 1.")
     if args.tflops:
         if (args.device, args.precision) != ("auto", "auto"):
             raise UserError("--tflops plans for other hardware; leave --device and --precision out.")
@@ -199,7 +199,7 @@ def main():
     else:
         device, dtype = pick_device(args)
         rate = matrix_rate(device, dtype)
-    print(f"{precision_name(dtype)}: {rate / 1e12:.4g} TFLOP/s, and a training reaches {args.mfu:.0%} (--mfu).")
+    print(f"{precision_name(dtype)}: {rate / 1e12:.4g} TFLOP/s, of which {args.mfu:.0%} are reached (--mfu).")
     print("preset            stage        GPUs  micro-batch  parameters  "
           "state GB  activations GB  GB per GPU  TFLOP per step     hours")
     for name, config in configs.items():
