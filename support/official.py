@@ -31,7 +31,7 @@ def load_official_rqvae(path, c):
             state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"The file {path} does not exist.") from None
-    except Exception as error:             # truncated, no torch file, or a pickle with code, which never runs
+    except Exception as error:   # truncated, no torch file, or a pickle with code, which never runs
         raise UserError(f"{path} is no RQ-VAE release that can be read ({type(error).__name__}).") from None
     if isinstance(state, dict):
         state = state.get("state_dict", state)  # .safetensors has no nested dictionaries, only prefixes

@@ -389,7 +389,7 @@ def assert_follows(one, two, rel):
 
 def test_stage_one_on_two_ranks_follows_the_run_on_one(arguments, tmp_path):
     """With the adversary, whose BatchNorm sees the same micro-batches; the ranks' weights are identical."""
-    # Four steps, two of them with the adversary: after that Adam's first steps have enlarged what is rounding.
+    # Four steps, two of them with the adversary: later Adam's first steps enlarge the rounding.
     settings = arguments("vae", "two", "vae.micro_batch=4", steps=4)
     finished(train("vae", *arguments("vae", tmp_path / "one", "vae.micro_batch=4", steps=4)))
     finished(torchrun(2, "train_vae.py", *settings, cwd=tmp_path, wrapper=EACH_RANK))
