@@ -5,7 +5,7 @@
     *_, last = drr.draft_and_revise(model, cond, noise, c, update=update)
 
 Where T_draft and T_revise divide the number of positions, the sets of a partition have equal sizes, and a
-decode has two shapes, one of the draft and one of the revisions; each of the two that does not divide it adds one.
+decode has two shapes, one for the draft and one for the revisions; where one does not divide it, one more.
 docs/speed.md says what each step brings.
 """
 import torch
@@ -23,7 +23,7 @@ def compiled_update(model, compiled=True, graphs=None):
     cuda = next(transformer.parameters()).is_cuda
     if compiled:
         # Weights become constants, packed as the CPU's products want them, once for each shape. Both are set
-        # for the whole process: the tracer reads them before torch.compile's options. torch's limit is 8 shapes.
+        # for the whole process: the tracer reads them before torch.compile's options. torch allows 8 shapes.
         torch._inductor.config.freezing = not cuda
         torch._dynamo.config.recompile_limit = 64
         run = torch.compile(run, fullgraph=True, dynamic=False)

@@ -62,8 +62,8 @@ class NoWaiting(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = function.overloadpacket.__name__
-        assert name not in ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "unique",
-                            "_unique2"), name
+        assert name not in ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select",
+                            "unique", "_unique2"), name
         assert name != "index" or all(i is None or i.dtype != torch.bool for i in args[1]), "index by a mask"
         return function(*args, **(kwargs or {}))
 
@@ -140,7 +140,8 @@ def test_a_really_compiled_update_draws_the_same_codes(fresh_compiler):
 
 
 def test_more_shapes_than_torchs_limit_are_compiled(only_traced):
-    c, model = sample_section(rounds=0, t_draft=1), torch_model(tiny_transformer(N, D, n_spatial=1, n_depth=1))
+    c = sample_section(rounds=0, t_draft=1)
+    model = torch_model(tiny_transformer(N, D, n_spatial=1, n_depth=1))
     update = fast.compiled_update(model)
     for images in range(1, 10):
         assert decode(model, c, images, update)[-1].codes.shape == (images, N, D)

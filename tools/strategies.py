@@ -52,8 +52,8 @@ def decode(model, cond, noise, c, codes=None, region=None, update=drr.update):
     """
     c = SimpleNamespace(**DEFAULTS | vars(c))
     if update is not drr.update and (c.draft_growing or c.draft_ramp or c.draft_pool < 1):
-        raise UserError("Compiled updates must be alike, and draft_growing, draft_ramp and draft_pool make each"
-                        " of them different; leave those out, or do not compile.")
+        raise UserError("Compiled updates must be alike, and draft_growing, draft_ramp and draft_pool make "
+                        "each of them different; leave those out, or do not compile.")
     if c.order == "sobol":
         noise = sobol_order(noise[0]), noise[1]
     order, uniforms = (tensor.to(cond.device) for tensor in noise)
