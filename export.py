@@ -11,8 +11,7 @@
     encoder   images (B, 3, S, S)                                           -> codes (B, N, D)
 
 Dynamic are B pictures or P stacks, the rows of a graph, and n positions per picture; `depth` is called D
-times per stack. The loop and every random number stay in Python (drr.py): on all backends, a seed gives the
-same picture.
+times. The loop and every random number stay in Python (drr.py): a seed's picture is the same on all backends.
 """
 import contextlib
 import copy
@@ -67,8 +66,7 @@ class Encoder(Part):
 
 class DepthStep(Part):
     """`ContextualRQTransformer.depth_step` with `position` as a tensor, (1,), and a cache of fixed size, so
-    that one graph serves all D steps. It returns its new keys and values instead of writing them to the
-    cache."""
+    that one graph serves all D steps. Its new keys and values are returned, not written."""
 
     def __init__(self, transformer):
         super().__init__(transformer)
@@ -82,7 +80,7 @@ class DepthStep(Part):
             e = (F.embedding(stacks, t.codebook) * chosen).sum(1)         # (P, n_z)
             v = torch.where(position == 0, h, t.w_depth(e))
         v = v + t.depth_pos[position]
-        # Added to the scores, (D,): the cache is hidden from here on. A mask of bool would cost more nodes.
+        # (D,), added to the scores: hides what lies in the cache from this position on.
         bias = torch.where(self.depths < position, 0.0, -1e4).to(h.dtype)
         old, new = cache.flatten(0, 1).unbind(), []                       # keys, values of block 0, ...
         for block, keys, values in zip(t.depthwise, old[::2], old[1::2]):     # (P, heads, D, head_dim)
@@ -171,7 +169,7 @@ def describe(vae, transformer, info, precision, max_batch):
 
 # === Writing: module -> an ONNX file, and its weights beside it =============================================
 def example_inputs(part, size, model, codebook_size):
-    """Random inputs of a part with `size` rows, or as many as it takes; real numbers are normal."""
+    """Random inputs of a part with `size` rows, or as many as it takes."""
     generator = torch.Generator().manual_seed(0)
     sizes = {"rows": size, "selected": size + 2}                  # unlike: none can pass for the other
     sizes = {name: min(sizes[name], largest) for name, largest in part["max_sizes"].items()}
@@ -254,7 +252,7 @@ def verify(name, directory, manifest, vae, transformer):
     bound = BOUNDS.get(name, BOUNDS[precision]) * (deviation if lowered else max(1.0, deviation / 10))
     part["max_difference"] = difference
     what = "of all codes differ" if name == "encoder" else "largest difference to PyTorch"
-    line = f"{name}: {difference:.1e} {what} (rows {', '.join(map(str, rows))}; bound {bound:.1e})"
+    line = f"{name}: {difference:.1e} {what} (at {rows} rows; bound {bound:.1e})"
     if not difference <= bound:
         raise UserError(f"A graph does not do what PyTorch does; an earlier export stays. {line}")
     return line

@@ -28,7 +28,7 @@ class Model:
     (4, {}), (1, {"t_draft": 5, "t_revise": 3}), (4, {"draft_guidance": 2.0, "draft_growing": True}),
     (4, {"draft_pool": 0.5, "revise_guidance": 1.0}),
     (1, {"draft_ramp": True, "draft_guidance": 2.0, "rounds": 0}),
-    (4, {"revise_share": 0.3, "t_revise": 4, "revise_better": True})])
+    (4, {"revise_share": 0.3, "t_revise": 4})])
 def test_counts_the_operations_that_torch_counts(depth, settings):
     transformer, c = tiny_transformer(N, depth, n_spatial=3), sample_section(**settings)
     noise = drr.draw_noise(0, range(2), 1 + c.rounds, N, depth)

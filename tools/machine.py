@@ -107,7 +107,8 @@ def decode_flops(transformer, c):
         total += update(drawn, guidance)
         left -= n
     for s in drr.partition(positions[:, :math.ceil(c.revise_share * N)], c.t_revise):
-        # A revision that keeps the better of two stacks scores the old one, too.
+        # A revision that keeps the better of two stacks scores the old one, too, from the same contexts
+        # (tools/strategies.py computes those a second time, which is not needed and not counted).
         total += c.rounds * update(s.shape[1], c.revise_guidance, passes=1 + c.revise_better)
     return total
 
