@@ -327,8 +327,8 @@ def read_modes(text, device, dtype):
         there = [known for known in MODES if device.type == "cuda" or known not in on_gpus]
         if mode not in there or precision not in PRECISIONS:
             raise UserError(f"--mode {name} does not exist on {device.type}; expected some of "
-                            f"{', '.join(there)}, each alone or with a precision ({', '.join(PRECISIONS)}) as in "
-                            "eager:fp32.")
+                            f"{', '.join(there)}, each alone or with a precision ({', '.join(PRECISIONS)}), "
+                            "as in eager:fp32.")
         modes.append((mode, precision))
     return modes
 
