@@ -96,7 +96,8 @@ def fresh_compiler():
     """torch.compile with nothing compiled yet, whose settings are afterwards what they were."""
     import torch._inductor.config
     torch._dynamo.reset()
-    with torch._inductor.config.patch(freezing=False), torch._dynamo.config.patch(recompile_limit=8):
+    alone = torch._inductor.config.patch(freezing=False, compile_threads=1)    # no pool of processes
+    with alone, torch._dynamo.config.patch(recompile_limit=8):
         yield
 
 
@@ -130,8 +131,8 @@ def test_a_compiled_update_is_compiled_once_a_phase_and_draws_the_same_codes(onl
 
 def test_a_really_compiled_update_draws_the_same_codes(fresh_compiler):
     """By a C++ compiler, which takes its time: one shape of a model as small as they come."""
-    c = sample_section(t_draft=2, rounds=0, draft_guidance=1.5)
-    model = torch_model(tiny_transformer(4, 2, n_spatial=1, n_depth=1))
+    c = sample_section(t_draft=2, rounds=0)
+    model = torch_model(tiny_transformer(4, 1, n_spatial=1, n_depth=1))
     expected, torch._dynamo.utils.counters["stats"]["unique_graphs"] = decode(model, c)[-1], 0
     *_, last = decode(model, c, update=fast.compiled_update(model))
     assert graphs_traced() == 1 and torch._dynamo.utils.counters["inductor"]
