@@ -1,4 +1,5 @@
 """What the scripts share besides the method itself: configuration, class names, errors, devices, pictures."""
+import atexit
 import contextlib
 import difflib
 import math
@@ -202,6 +203,7 @@ def run(main):
         main()
         if ranks()[1] > 1:
             dist.destroy_process_group()
+            end_rank()
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
@@ -213,6 +215,21 @@ def run(main):
                 Path(os.environ["TORCHELASTIC_ERROR_FILE"]).parent.with_name("said").touch(exist_ok=False)
             print(f"error: {sentence}", file=sys.stderr)
         sys.exit(2)
+
+
+def end_rank(status=0):
+    """Ends a process of several: does what is registered for the end, prints what is still to be printed, and
+    goes without taking the interpreter apart."""
+    # A thread of gloo lets go of the tensors of an exchange when the system next gives it a core, and needs
+    # Python's lock for it. If the interpreter is ending by then, Python up to 3.13 ends the thread inside a
+    # destructor of torch 2.13: SIGABRT, for a training that has succeeded (pytorch/pytorch#190489).
+    # destroy_process_group waits for that thread only if nothing else holds the group, but after fully_shard
+    # torch's caches for DTensor hold it. The children of multiprocessing end by os._exit, too.
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):       # its reader has gone, or it is closed
+            stream.flush()
+    os._exit(status)
 
 
 def explain(error):

@@ -29,7 +29,8 @@ from tqdm import tqdm
 
 import drr
 from drr import UserError, ranks, replacing
-from support.common import add_device_arguments, matrix_rate, pick_device, precision_name, synchronize
+from support.common import (add_device_arguments, end_rank, matrix_rate, pick_device, precision_name,
+                            synchronize)
 
 WHOLE = sharded_states.StateDictOptions(full_state_dict=True, cpu_offload=True)     # gathered, to be saved
 
@@ -171,6 +172,7 @@ class StopSignal:
         print(f"stopped by SIGTERM after step {step}, which is saved; go on with --resume")
         if ranks()[1] > 1:
             dist.barrier()                     # torchrun must see no rank end while rank 0 still writes
+            end_rank(128 + signal.SIGTERM)
         sys.exit(128 + signal.SIGTERM)
 
 
