@@ -14,6 +14,7 @@ import importlib.util
 import math
 import os
 import signal
+import subprocess
 import sys
 import time
 import zipfile
@@ -29,7 +30,7 @@ from tqdm import tqdm
 
 import drr
 from drr import UserError, ranks, replacing
-from support.common import (add_device_arguments, end_rank, matrix_rate, pick_device, precision_name,
+from support.common import (HERE, add_device_arguments, end_rank, matrix_rate, pick_device, precision_name,
                             synchronize)
 
 WHOLE = sharded_states.StateDictOptions(full_state_dict=True, cpu_offload=True)     # gathered, to be saved
@@ -475,11 +476,8 @@ class Log:
 
     def draw(self):
         """OUT/plots.png, where matplotlib is installed. If it fails, training goes on."""
-        if ranks()[0] > 0 or not importlib.util.find_spec("matplotlib"):
-            return
-        try:
-            from support import plots
-            plots.draw(self.path.parent)
-        except Exception as error:
-            print(f"WARNING: plots.png was not drawn ({type(error).__name__}: {error})", file=sys.stderr)
+        if ranks()[0] == 0 and importlib.util.find_spec("matplotlib"):
+            draw = [sys.executable, "-m", "tools.plots", self.path.parent.resolve()]
+            if subprocess.run(draw, cwd=HERE, stdout=subprocess.DEVNULL).returncode:
+                print("WARNING: plots.png was not drawn", file=sys.stderr)
         self.mark = time.perf_counter()

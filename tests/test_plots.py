@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from drr import UserError
-from support import plots
+from tools import plots
 
 VAE = ("step,reconstruction,val_psnr,perceptual,usage_1,usage_2,remark\n"
        "5,0.3,,0.0,0.5,0.25,warm\n10,0.2,14.5,0.0,0.5,,\n15,nan,,0.0\n")

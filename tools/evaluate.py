@@ -37,7 +37,7 @@ from support import data, fast, runs
 from support.common import (BUNDLED, HERE, add_device_arguments, crop, open_image, pick_classes,
                             precision_name, run, to_float, to_pixels)
 from tools import strategies
-from train_vae import efficientnet_lite0
+from support.perceptual import efficientnet_lite0
 
 CLASSIFIER = HERE / "checkpoints" / "classifier-32" / "classifier.pt2"
 BATCH = 64                       # pictures that go through the feature network at a time

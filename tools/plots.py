@@ -1,6 +1,6 @@
 """Draws the curves of a training from its logs.
 
-    python -m support.plots runs/imagenet-371m          # vae.csv, transformer.csv -> plots.png
+    python -m tools.plots runs/imagenet-371m          # vae.csv, transformer.csv -> plots.png
 """
 import argparse
 import csv
