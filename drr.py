@@ -143,15 +143,6 @@ def inverse_cdf(p, uniforms):
     return torch.where(drawn > 0, index.squeeze(-1), p.argmax(-1))
 
 
-def codebook_usage(codes, codebook_size):
-    """Health of the codebook at each depth of codes (..., D): usage (D,), the share of codes that occur, and
-    perplexity (D,), exp of the entropy of their distribution: K if all are equally frequent."""
-    by_depth = codes.flatten(0, -2).T                                              # (D, P)
-    counts = torch.stack([torch.bincount(k, minlength=codebook_size) for k in by_depth])
-    p = counts / counts.sum(1, keepdim=True)                                       # (D, K)
-    return (counts > 0).float().mean(1), torch.exp(-torch.special.xlogy(p, p).sum(1))
-
-
 # === RQ-VAE: images (B, 3, S, S) in [-1, 1] <-> codes (B, N, D) =============================================
 # Encoder and decoder are VQGAN's; the attribute names are those of the official state dict, so that it loads.
 def group_norm(channels):

@@ -36,9 +36,8 @@ from support import backends
 from support.common import BUNDLED, HERE, PRECISIONS, run
 
 # The largest difference to PyTorch in float32 that a graph may show: absolute for outputs of ordinary size,
-# 1e-5 standard deviations for large ones (the context of a trained model may reach hundreds, where float32 is
-# no finer than 2e-5), in lower precision in standard deviations. Of codes, the share that differs: near ties
-# fall either way.
+# times a tenth of the standard deviation for large ones (a context may reach hundreds, where float32 is no
+# finer than 2e-5), in standard deviations in lower precision. Of codes, the share that differs (near ties).
 BOUNDS = {"decoder": 5e-4, "encoder": 0.01, "fp32": 1e-4, "fp16": 0.05, "bf16": 0.3}
 
 
@@ -265,15 +264,13 @@ FILES = [f"{name}.onnx{suffix}" for name in backends.PARTS for suffix in ("", ".
 def check_target(directory):
     """Nothing but an earlier export is ever replaced."""
     ours = ("manifest.json", "graphs-*", *FILES)                  # FILES: by older versions
-    if directory.exists() and not (directory.is_dir() and all(any(map(path.match, ours))
-                                                              for path in directory.iterdir())):
+    if directory.exists() and not all(any(map(path.match, ours)) for path in directory.iterdir()):
         raise UserError(f"{directory} holds other things than an export; give --out another folder.")
 
 
 def remove_unnamed(directory):
-    """Removes ONNX files that the manifest does not name: an earlier export's, and those of one that failed
-    or was killed. Of two exports into one folder at once, the first to end takes the other's files for
-    such."""
+    """Removes ONNX files that the manifest does not name: an earlier export's, or a failed one's. (Of two
+    exports into one folder at once, the first to end removes the other's.)"""
     named = set()
     with contextlib.suppress(FileNotFoundError, ValueError, KeyError, TypeError):     # none, damaged, or old
         manifest = json.loads((directory / "manifest.json").read_text())

@@ -19,8 +19,8 @@ from tqdm import tqdm
 
 import drr
 from drr import UserError
-from support.common import (BUNDLED, add_device_arguments, crop, crop_box, grid, open_image, pick_classes,
-                            pick_device, precision_name, run, sampling_values, save_picture, to_float,
+from support.common import (BUNDLED, add_device_arguments, crop, grid, open_image, pick_classes, pick_device,
+                            precision_name, resize_mask, run, sampling_values, save_picture, to_float,
                             to_pixels)
 
 # A flag is another way to write key=value.
@@ -76,9 +76,9 @@ def load_model(args, device, dtype):
             raise UserError("--exported is for --backend onnx or trt; name one, or leave it out.")
         vae, transformer, info = drr.load_checkpoint(folder)
         return drr.TorchModel(vae, transformer, device, dtype), info, device
+    from support import backends
     if args.compile or args.device == "mps":
         raise UserError(f"--backend {args.backend} takes neither --compile nor --device mps; leave them out.")
-    from support import backends
     if device.type == "mps":
         device = torch.device("cpu")
     model, info = backends.load(args.backend, args.exported, device)
@@ -115,47 +115,24 @@ def repaint_mask(args, picture):
     return mask
 
 
-def resize_mask(mask, size):
-    """mask (H, W) bool of a picture -> (size, size) bool, of what `crop` makes of the picture."""
-    height, width = mask.shape
-    left, top, side = crop_box(width, height, 0, 0)
-    if side < size:                                          # the picture is enlarged, and its mask with it
-        x, y = math.floor(left), math.floor(top)
-        square = Image.fromarray(mask).crop((x, y, x + side, y + side))
-        result = np.array(square.resize((size, size), Image.NEAREST))
-    else:                                                    # a hidden pixel hides the one that it falls into
-        corners = np.argwhere(mask) - (top, left)            # (P, 2): row and column in the square
-        seen = corners[((corners > -1) & (corners < side)).all(1)]
-        rows, columns = (seen * size / side).clip(0).astype(int).T
-        result = np.zeros((size, size), bool)
-        result[rows, columns] = True
-    if not result.any():
-        raise UserError("Nothing is left to repaint: the region is empty or outside the central square of "
-                        "the picture, which is all that the model sees.")
-    return torch.from_numpy(result)
-
-
 def output_paths(args, num):
     """The grid's path and those of the single pictures. Fails before the work rather than after it."""
     name = (args.classes or "sample").replace(",", "-").replace(" ", "_").replace("/", "_")[:40]
     out = Path(args.out or f"samples/{name}_seed{args.seed}.png")
-    count = 0 if args.out_dir is None else num
-    single = [Path(args.out_dir) / f"{i:03d}.png" for i in range(count)]
-    inputs = [Path(path) for path in (args.image, args.mask) if path]
-    check_writable(out, [*inputs, *single])
-    for path in single[:1]:
+    single = [] if args.out_dir is None else [Path(args.out_dir) / f"{i:03d}.png" for i in range(num)]
+    for path in (out, *single[:1]):
         check_writable(path)
-    if {path.resolve() for path in single} & {path.resolve() for path in inputs}:
-        raise UserError(f"--out-dir {args.out_dir} would replace --image or --mask; give it another folder.")
+    paths = [path.resolve() for path in (out, *single)]
+    inputs = [Path(path).resolve() for path in (args.image, args.mask, args.reconstruct) if path]
+    if len({*paths, *inputs}) < len(paths) + len({*inputs}):
+        raise UserError("One picture would be replaced by another; give --out or --out-dir another name.")
     return out, single
 
 
-def check_writable(path, others=()):
-    """Raises UserError if no picture can be written at `path`, or if it is one of the paths `others`."""
+def check_writable(path):
+    """Raises UserError or OSError if no picture can be written at `path`."""
     if path.suffix.lower() != ".png" or path.is_dir():
         raise UserError(f"{path} cannot be the picture; expected the name of a file that ends in .png.")
-    if path.resolve() in {other.resolve() for other in others}:
-        raise UserError(f"{path} would be replaced by the result; give --out another name.")
     path.parent.mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=path.parent).close()
 
@@ -196,8 +173,8 @@ def reconstruct(args, device):
         raise UserError("--reconstruct takes --out, --checkpoint and --device only; leave other options out.")
     vae, _ = drr.load_vae(Path(BUNDLED if args.checkpoint is None else args.checkpoint) / "vae.safetensors")
     original = to_float(crop(open_image(args.reconstruct), vae.size)[None], device)
-    out = Path(args.out or "samples/reconstruction.png")
-    check_writable(out, [Path(args.reconstruct)])
+    args.out = args.out or "samples/reconstruction.png"
+    out, _ = output_paths(args, 1)
     images = drr.reconstructions(vae.to(device), original)
     save_picture(grid(to_pixels(images), len(images), max(1, 256 // vae.size)), out)
     print(f"original, then depths 1 to {len(images) - 1} -> {out}")
@@ -269,8 +246,8 @@ def main():
 
     # --- the grid -------------------------------------------------------------------------------------------
     shown = min(num, 400)
-    columns = len(classes) if 1 < len(classes) <= 16 else math.ceil(math.sqrt(shown))
     tiles = pixels[:shown]
+    columns = len(classes) if 1 < len(classes) <= 16 else math.ceil(math.sqrt(shown))
     if args.strip:
         columns = len(keep) + c.rounds
         tiles = strips[:shown * columns]
@@ -279,11 +256,10 @@ def main():
         tiles = [*to_pixels(torch.cat([original, torch.where(mask, 0.0, original)])), *tiles]
     save_picture(grid(tiles, columns, max(1, 128 // model.size)), out)
     named = ", ".join("no class" if k is None else f"{info.titles[k]} ({k})" for k in classes[:8])
-    precision = precision_name(dtype) if args.backend == "torch" else model.precision
     named += ", ..." * (len(classes) > 8)
-    print(f"{named}: {num} images in {seconds:.1f} s, {seconds / num:.2f} s per image "
-          f"({args.backend}, {device}, {precision}) -> {out}" + f" (the first {shown})" * (shown < num)
-          + f" and {args.out_dir}/" * bool(single))
+    precision = precision_name(dtype) if args.backend == "torch" else model.precision
+    print(f"{named}: {num} images in {seconds:.1f} s, {seconds / num:.2f} s per image ({args.backend}, "
+          f"{device}, {precision}) -> {out}" + f" (the first {shown})" * (shown < num))
 
 
 if __name__ == "__main__":

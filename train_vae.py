@@ -135,8 +135,7 @@ def look_at(vae, images, path):
 
 
 # === Set-up: the configuration, a file -> what is trained ===================================================
-def check(c, device):
-    """Raises UserError for what cannot be trained."""
+def check(c, device):                        # what cannot be trained
     if c.compile and device.type == "cpu":
         raise UserError("vae.compile is for a GPU: a CPU's gradients were wrong (torch 2.13); leave it out.")
     if c.disc_weight and c.resolution >> max(1, c.disc_layers) < 3:

@@ -370,6 +370,26 @@ def crop(picture, size, view=0, seed=0):
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()
 
 
+def resize_mask(mask, size):
+    """mask (H, W) bool of a picture -> (size, size) bool, of what `crop` makes of the picture."""
+    height, width = mask.shape
+    left, top, side = crop_box(width, height, 0, 0)
+    if side < size:                                          # the picture is enlarged, and its mask with it
+        x, y = math.floor(left), math.floor(top)
+        square = Image.fromarray(mask).crop((x, y, x + side, y + side))
+        result = np.array(square.resize((size, size), Image.NEAREST))
+    else:                                                    # a hidden pixel hides the one that it falls into
+        corners = np.argwhere(mask) - (top, left)            # (P, 2): row and column in the square
+        seen = corners[((corners > -1) & (corners < side)).all(1)]
+        rows, columns = (seen * size / side).clip(0).astype(int).T
+        result = np.zeros((size, size), bool)
+        result[rows, columns] = True
+    if not result.any():
+        raise UserError("Nothing is left to repaint: the region is empty or outside the central square of "
+                        "the picture, which is all that the model sees.")
+    return torch.from_numpy(result)
+
+
 def to_float(images, device):
     """uint8 (B, 3, S, S) -> float32 in [-1, 1] on the device."""
     return images.to(device).float().div_(127.5).sub_(1)

@@ -1,4 +1,4 @@
-"""Perceptual distances of two images (B, 3, S, S) in [-1, 1] -> (B, ...), to be averaged: LPIPS, or its formula
+"""Perceptual distances: two images (B, 3, S, S) in [-1, 1] -> (B, ...), to be averaged. LPIPS, or its formula
 on a smaller network that needs no download."""
 import contextlib
 import io

@@ -152,13 +152,17 @@ def means(terms):
 
 
 def codebook_health(codes, codebook_size):
-    """{usage (D,), perplexity (D,)} of the codes (P, D) of all ranks."""
+    """Health of the codebook by depth, for the codes (P, D) of all ranks: usage (D,), the share of codes that
+    occur at all, and perplexity (D,), exp of their distribution's entropy (K if all are equally frequent)."""
     parts = [torch.empty_like(codes) for _ in range(ranks()[1])]
     if len(parts) == 1:
         parts = [codes]
     else:
         dist.all_gather(parts, codes.contiguous())
-    return dict(zip(("usage", "perplexity"), drr.codebook_usage(torch.cat(parts), codebook_size)))
+    counts = torch.stack([torch.bincount(k, minlength=codebook_size) for k in torch.cat(parts).T])
+    p = counts / counts.sum(1, keepdim=True)                                       # (D, K)
+    entropy = -torch.special.xlogy(p, p).sum(1)
+    return {"usage": (counts > 0).float().mean(1), "perplexity": torch.exp(entropy)}
 
 
 class StopSignal:

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 import drr
 from support.official import load_official_rqvae
+from support.runs import codebook_health
 
 FIXTURE = TESTS / "fixtures" / "rqvae.safetensors"
 
@@ -379,7 +380,7 @@ def test_two_ranks_learn_one_codebook(tmp_path, restart):
 def test_usage_and_perplexity_of_known_distributions():
     uniform, single = torch.arange(64) % 8, torch.full((64,), 3)
     skewed = torch.tensor([0, 0, 0, 1]).repeat(16)
-    usage, perplexity = drr.codebook_usage(torch.stack([uniform, single, skewed], -1).view(4, 16, 3), 16)
+    usage, perplexity = codebook_health(torch.stack([uniform, single, skewed], -1).view(64, 3), 16).values()
     entropy = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
     torch.testing.assert_close(usage, torch.tensor([8, 1, 2]) / 16)
     torch.testing.assert_close(perplexity, torch.tensor([8.0, 1.0, math.exp(entropy)]))

@@ -221,7 +221,7 @@ def test_a_mask_hides_every_pixel_of_the_model_that_it_touches(size, box, expect
     x0, y0, x1, y1 = box
     mask = np.zeros((6, 8), bool)
     mask[y0:y1, x0:x1] = True
-    result = sample.resize_mask(mask, size)
+    result = common.resize_mask(mask, size)
     assert ["".join(".#"[hidden] for hidden in row) for row in result.tolist()] == expected
 
 
@@ -229,9 +229,9 @@ def test_a_mask_of_a_picture_whose_square_begins_at_half_a_pixel():
     """7 x 4 pixels: the square begins at 1.5, so half of pixel 1 is seen, in the model's first column."""
     mask = np.zeros((4, 7), bool)
     mask[0, 1] = mask[3, 5] = True
-    assert sample.resize_mask(mask, 2).tolist() == [[True, False], [False, True]]
+    assert common.resize_mask(mask, 2).tolist() == [[True, False], [False, True]]
     with pytest.raises(drr.UserError, match="Nothing is left to repaint"):
-        sample.resize_mask(np.eye(4, 7, -3, dtype=bool), 2)  # pixel 0 of the last row
+        common.resize_mask(np.eye(4, 7, -3, dtype=bool), 2)  # pixel 0 of the last row
 
 
 def test_reconstruct_shows_the_picture_and_its_decode_from_every_depth(trained, tmp_path, photo):
