@@ -11,7 +11,6 @@ from processes import run
 from safetensors.torch import load_file
 
 import drr
-import sample
 from support import common
 from support.common import BUNDLED
 

@@ -104,7 +104,7 @@ TABLES = {                                           # title: rows (label, run, 
         ("growing", "growing 8"), ("Sobol, growing", "Sobol growing 8")]),
     "Which stacks next, T_draft 64": draft_and_revised([
         ("Random", "draft 64"), ("Top-C", "Top-C 64"), ("Top-C-50%", "Top-C-50% 64"), ("Sobol", "Sobol 64")]),
-    "Choosy revisions and temperatures, T_draft 8, M = 2": [
+    "Selective revisions and temperatures, T_draft 8, M = 2": [
         ("paper", "draft 8", 2),
         ("keep the more likely", "better", 2),
         ("least likely half", "least likely half", 2),
