@@ -169,6 +169,7 @@ def main():
     stop = runs.StopSignal()
     batches = views.batches(start, c.steps) if online else None
     for step in runs.progress("train_transformer", start, c.steps):
+        rate = runs.learning_rate(step, c)
         mask_noise, drop_noise, code_noise = training_noise(config.data.seed, step, c.batch_size, N, D)
         z = count * [None]
         if online:
@@ -195,7 +196,6 @@ def main():
             runs.add_up(terms, {"loss": loss * share, "accuracy": accuracy * share}, 1)
         terms["grad_norm"] = runs.clip(transformer.parameters(), c.grad_clip)
         stopping = runs.must_stop(stop, terms, step, states.last, "a lower transformer.lr")
-        rate = runs.learning_rate(step, c)
         runs.take_step([opt], rate)
         runs.update_average(ema.parameters(), transformer.parameters(), c.weights_ema, step)
 

@@ -245,6 +245,7 @@ def main():
     stop = runs.StopSignal()
     batches = views.batches(start, c.steps)
     for step in runs.progress("train_vae", start, c.steps):
+        rate = runs.learning_rate(step, c, c.decay)
         batch, _, unreadable = next(batches)
         # DEVIATION: the first steps train a plain autoencoder, whose codebook learns but is not used yet. A
         # decoder that sees only codes from the start is slow to find what directions of z have no code yet.
@@ -271,7 +272,6 @@ def main():
         terms["grad_norm"] = runs.clip(trained, c.grad_clip)
         terms["disc_grad_norm"] = runs.clip(disc.parameters(), 0) if adversarial else terms["disc"]    # or 0
         stopping = runs.must_stop(stop, terms, step, states.last, "a lower vae.lr")
-        rate = runs.learning_rate(step, c, c.decay)
         runs.take_step([opt, disc_opt] if adversarial else [opt], rate)
         codes = torch.cat(chosen)
         if not given:

@@ -19,7 +19,7 @@ from conftest import REPO
 # On the CPU, where there is a GPU, too: what must be bit-identical, or names the device, is the CPU's.
 ENVIRONMENT = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": str(REPO),
                "CUDA_VISIBLE_DEVICES": ""}
-SECONDS = 300               # after that a run hangs
+SECONDS = 900               # after that a run hangs: far more than one takes on a busy machine
 
 SERVER = """
 import contextlib, json, os, runpy, sys
@@ -96,7 +96,7 @@ def run(*arguments, cwd):
     return done
 
 
-def torchrun(count, script, *arguments, cwd, wrapper="", timeout=200):
+def torchrun(count, script, *arguments, cwd, wrapper="", timeout=SECONDS):
     """torchrun with `count` processes on this machine, for a script of this repository or a module such as
     tools.evaluate. wrapper: Python code to run before the script. Returns returncode and `output`."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]

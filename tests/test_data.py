@@ -625,7 +625,7 @@ def test_two_ranks_write_the_cache_of_one_and_end_what_one_began(interrupted, pa
     shutil.copytree(interrupted, resumed)
     jobs = [(PHOTOS, fresh), (PHOTOS, resumed), (partly_broken, broken)]
     workers = [start_worker(rank, 2, tmp_path / "store", 0, *sum(jobs, ())) for rank in range(2)]
-    outputs = [worker.communicate(timeout=300) for worker in workers]
+    outputs = [worker.communicate(timeout=900) for worker in workers]
     assert [worker.returncode for worker in workers] == [0, 0], outputs[0][1] + outputs[1][1]
     results = [json.loads(out.partition("RESULT")[2]) for out, _ in outputs]
     encoded = [[job[0] for job in result] for result in results]               # images, with mirrored ones
