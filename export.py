@@ -43,32 +43,21 @@ BOUNDS = {"decoder": 5e-4, "encoder": 0.01, "fp32": 1e-4, "fp16": 0.05, "bf16": 
 
 # === The graphs: PyTorch modules whose forward is what is exported ==========================================
 class Part(nn.Module):
-    def __init__(self, network):
+    """A module whose forward is another one's method."""
+
+    def __init__(self, method):
         super().__init__()
-        self.network = network
+        self.network = method.__self__
+        self.forward = method
 
 
-class Spatial(Part):
-    def forward(self, codes, mask, cond, positions):
-        return self.network.context(codes, mask, cond, positions)
-
-
-class Decoder(Part):
-    def forward(self, codes):
-        return self.network.decode(codes)
-
-
-class Encoder(Part):
-    def forward(self, images):
-        return self.network.encode(images)
-
-
-class DepthStep(Part):
+class DepthStep(nn.Module):
     """`ContextualRQTransformer.depth_step` with `position` as a tensor, (1,), and a cache of fixed size, so
     that one graph serves all D steps. Its new keys and values are returned, not written."""
 
     def __init__(self, transformer):
-        super().__init__(transformer)
+        super().__init__()
+        self.network = transformer
         self.register_buffer("depths", torch.arange(transformer.depth), persistent=False)
 
     def forward(self, h, stacks, position, cache):
@@ -126,16 +115,15 @@ def make_modules(vae, transformer, dtype):
         for name, child in module.named_children():
             if lowered and isinstance(child, nn.LayerNorm):
                 setattr(module, name, Float32Norm(child))
-    yield "spatial", Spatial(transformer).eval()
+    yield "spatial", Part(transformer.context).eval()
     yield "depth", DepthStep(transformer).eval()
-    yield "decoder", Decoder(vae).eval()
-    yield "encoder", Encoder(vae).eval()
+    yield "decoder", Part(vae.decode).eval()
+    yield "encoder", Part(vae.encode).eval()
 
 
 def describe(vae, transformer, info, precision, max_batch):
     """The manifest without files and hashes: what the parts are, with inputs and outputs as [name, shape,
-    type]. A dimension that is a name is dynamic, from 1 to its entry in `max_sizes`. `source` is the hash of
-    the code that makes the graphs: with other code an export is out of date."""
+    type]. A dimension that is a name is dynamic, from 1 to its entry in `max_sizes`."""
     t = transformer
     K, N, D, d, S = len(t.codebook), t.positions, t.depth, t.ln.weight.numel(), vae.size
     cache = [len(t.depthwise), 2, "rows", t.heads, D, t.head_dim]

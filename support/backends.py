@@ -37,8 +37,7 @@ def digest(manifest):
 
 
 def read_manifest(directory):
-    """manifest.json of an exported folder, as a dictionary, if it and its files have the recorded hashes.
-    Raises UserError for a folder that is missing, incomplete, damaged or of another version."""
+    """manifest.json of a folder, as a dictionary; UserError unless all of it has the recorded hashes."""
     path = Path(directory) / "manifest.json"
     if not path.exists():
         raise UserError(f"{directory} holds no exported model; run python export.py --out {directory}.")
@@ -47,9 +46,9 @@ def read_manifest(directory):
         manifest = json.loads(path.read_text())
         version = manifest.get("version")
     except (ValueError, AttributeError):                     # no JSON, or no dictionary
-        raise UserError(f"{path} is damaged; {again}.") from None
+        version = None
     if version != MANIFEST_VERSION:
-        raise UserError(f"{path} is of version {version}, this program reads {MANIFEST_VERSION}; {again}.")
+        raise UserError(f"{path} is damaged or of version {version}, not {MANIFEST_VERSION}; {again}.")
     if manifest.get("digest") != digest(manifest):
         raise UserError(f"{path} was changed after the export; {again}.")
     for part in manifest["parts"].values():
@@ -62,8 +61,8 @@ def read_manifest(directory):
 
 def load(backend, directory, device, engines=None):
     """The exported model of a folder, and what `drr.load_checkpoint` calls info. backend: "onnx" (on cpu or
-    cuda) or "trt" (cuda), whose engines lie in `engines` or else `engine_folder(directory)`. Raises UserError
-    for what `read_manifest` refuses, and where a runtime, provider or engine is missing."""
+    cuda) or "trt" (cuda), whose engines lie in `engines` or else `engine_folder(directory)`. UserError where
+    a runtime, a provider or an engine is missing, and from `read_manifest`."""
     # The one race that is left: an export that replaces this one removes files that are being read here. It
     # ends in a UserError about a file that is missing or cannot be loaded; the next call works.
     manifest = read_manifest(directory)
@@ -74,10 +73,9 @@ def load(backend, directory, device, engines=None):
         if device.type != "cuda":
             raise UserError("TensorRT runs on a GPU only; leave --device out or give --device cuda.")
         folder = Path(engines or engine_folder(directory))
-        parts = {}
-        for name in PARTS:
-            plan = read_plan(trt, folder, manifest, name)
-            parts[name] = TensorRTEngine(trt, plan, name, manifest["parts"][name], device)
+        plans = {name: read_plan(trt, folder, manifest, name) for name in PARTS}
+        parts = {name: TensorRTEngine(trt, plans[name], name, manifest["parts"][name], device)
+                 for name in PARTS}
     sections = {name: SimpleNamespace(**manifest[name]) for name in ("vae", "transformer", "sample")}
     info = SimpleNamespace(classes=manifest["classes"], titles=manifest["titles"], **sections)
     return ExportedModel(parts, manifest, device), info
@@ -92,14 +90,14 @@ def leave_cores_free(device):
 
 # === The model: what TorchModel does, by the exported parts =================================================
 class ExportedModel:
-    """Has what drr.TorchModel's docstring lists. parts: {name: callable from tensors to a list of
-    tensors}."""
+    """What drr.TorchModel's docstring lists. parts: {name: callable from tensors to a list of tensors}."""
 
     def __init__(self, parts, manifest, device):
-        self.parts, self.device, self.precision = parts, device, manifest["precision"]
-        for name, value in manifest["model"].items():        # size, side, positions, depth, null, ...
-            setattr(self, name, value)
-        self.max_batch, self.checkpoint = manifest["max_batch"], manifest["checkpoint"]
+        self.parts, self.device = parts, device
+        vars(self).update(manifest["model"])                 # size, side, positions, depth, null, ...
+        self.precision = manifest["precision"]
+        self.max_batch = manifest["max_batch"]
+        self.checkpoint = manifest["checkpoint"]
         self.steps = [torch.tensor([d], device=device) for d in range(self.depth)]
 
     def padded(self, name, *tensors):
@@ -143,16 +141,11 @@ def bucket(n, largest):
     return min(2 ** math.ceil(math.log2(n)), largest)
 
 
-def check_inputs(inputs, part):
-    """A wrong type is a mistake of ours, not of the user."""
-    for x, (name, _, dtype) in zip(inputs, part["inputs"], strict=True):
-        assert x.dtype == getattr(torch, dtype), f"{name} is {x.dtype}, the exported part expects {dtype}"
-
-
 def empty_outputs(inputs, part):
     """Tensors for what a part returns, on the inputs' device and with their dynamic sizes."""
     sizes = {}
-    for x, (_, shape, _) in zip(inputs, part["inputs"]):
+    for x, (name, shape, dtype) in zip(inputs, part["inputs"], strict=True):
+        assert x.dtype == getattr(torch, dtype), f"{name} is {x.dtype}, the exported part expects {dtype}"
         sizes.update(zip(shape, x.shape))                    # "rows": 16, and of a fixed dimension 64: 64
     device = inputs[0].device
     return [torch.empty([sizes.get(n, n) for n in shape], dtype=getattr(torch, dtype), device=device)
@@ -178,7 +171,8 @@ class OnnxSession:
         options.log_severity_level = 3
         # Four sessions and torch share the cores: threads may spin within a run, and not between runs.
         options.add_session_config_entry("session.force_spinning_stop", "1")
-        provider, settings = "CPUExecutionProvider", {}
+        provider = "CPUExecutionProvider"
+        settings = {}
         if device.type == "cuda":
             # A stream of our own: torch's default one has the number 0, which means "none" to ONNX Runtime.
             self.stream = torch.cuda.Stream(device)
@@ -195,7 +189,6 @@ class OnnxSession:
                             "CUDA libraries, or use --device cpu.")
 
     def __call__(self, *inputs):
-        check_inputs(inputs, self.part)
         inputs = [x.contiguous() for x in inputs]
         outputs = empty_outputs(inputs, self.part)
         binding = self.session.io_binding()
@@ -268,8 +261,7 @@ def trusted_plan(path, key):
 
 
 def read_plan(trt, folder, manifest, name):
-    """The bytes of a part's engine for this GPU and TensorRT, of the highest level that was built. Raises
-    UserError where there is none, or an altered one."""
+    """The bytes of a part's engine for this machine, of the highest level built; UserError without one."""
     for level in range(5, -1, -1):
         key = engine_key(trt, manifest, name, level)
         path = plan_path(folder, name, key)
@@ -293,7 +285,7 @@ class TensorRTEngine:
         self.engine = self.runtime.deserialize_cuda_engine(plan)
         self.require(self.engine is not None, "load its engine")
         self.tensors = {self.engine.get_tensor_name(i) for i in range(self.engine.num_io_tensors)}
-        self.prepared = {}                                   # shapes of the inputs -> what `prepare` returns
+        self.prepared = {}                                   # what the inputs are -> what `prepare` returns
 
     def require(self, succeeded, task):
         if not succeeded:
@@ -301,19 +293,17 @@ class TensorRTEngine:
                             "not, delete the engine and run python export.py --trt again.")
 
     def __call__(self, *inputs):
-        check_inputs(inputs, self.part)
-        shapes = tuple(x.shape for x in inputs)
-        if shapes not in self.prepared:
-            self.prepared[shapes] = self.prepare(inputs)
-        cuda_graph, static_inputs, outputs, _ = self.prepared[shapes]
+        kinds = tuple((x.shape, x.dtype) for x in inputs)
+        if kinds not in self.prepared:
+            self.prepared[kinds] = self.prepare(inputs)
+        cuda_graph, static_inputs, outputs, _ = self.prepared[kinds]
         for static, x in zip(static_inputs, inputs):
             static.copy_(x)
         cuda_graph.replay()
         return outputs
 
     def prepare(self, inputs):
-        """CUDA graph, input and output buffers (aligned by torch) for these shapes, and what must stay
-        alive."""
+        """CUDA graph, input and output buffers (aligned by torch) for these shapes; what must stay alive."""
         ranges = profiles(self.name, self.part)
         profile = next(i for i, sizes in enumerate(ranges) if len(inputs[0]) <= sizes["rows"][2])
         user_managed = self.trt.ExecutionContextAllocationStrategy.USER_MANAGED

@@ -40,7 +40,8 @@ class Files:
         return len(self.names)
 
     def __getitem__(self, i):
-        folder, name = Path(self.folders[self.folder_of[i]]), os.fsdecode(self.names[i])
+        folder = Path(self.folders[self.folder_of[i]])
+        name = os.fsdecode(self.names[i])
         if self.offsets is None:
             return folder / name
         from support.shards import Member
@@ -50,11 +51,9 @@ class Files:
     def sizes(self):
         """Bytes of each image (F,), asked for in threads because a network disk answers slowly."""
         def sizes_from(start):
-            names = zip(self.folder_of[start:start + 1024], self.names[start:start + 1024])
-            return [os.path.getsize(os.path.join(self.folders[k], os.fsdecode(name))) for k, name in names]
+            return [os.path.getsize(self[i]) for i in range(start, min(start + 1024, len(self)))]
         with ThreadPoolExecutor() as pool:
-            parts = pool.map(sizes_from, range(0, len(self), 1024))
-            return np.concatenate([np.array(part, np.int64) for part in parts])
+            return np.concatenate(list(pool.map(sizes_from, range(0, len(self), 1024)))).astype(np.int64)
 
 
 def files_fingerprint(files):
@@ -67,15 +66,15 @@ def files_fingerprint(files):
 
 def find_images(directory, split="train", index=None):
     """Images of DIR/split/<class>/* or of the tar shards DIR/split/*.tar (of DIR when there is no DIR/train).
-    Returns the files in a fixed order, their labels (F,) int64 and the class names; without class folders one
-    class, "". `index`: a folder to keep the shards' indices in. Raises UserError if there are no images."""
+    Returns the files in a fixed order, their labels (F,) int64 and the class names (without class folders one
+    class, ""). index: a folder to keep the shards' indices in. UserError without images."""
     root = Path(directory)
     if not root.is_dir():
         raise UserError(f"The folder {directory} does not exist; give one that holds images.")
     if (root / "train").is_dir() or split != "train":
         root = root / split
     tars = sorted(root.glob("*.tar"))
-    folders = list(picture_folders(root))
+    folders = list(picture_folders(root)) if root.is_dir() else []
     if tars and folders:
         raise UserError(f"{root} holds both tar shards and images ({folders[0][0]}); leave one kind only.")
     if tars:
@@ -85,26 +84,23 @@ def find_images(directory, split="train", index=None):
                         f"({', '.join(sorted(EXTENSIONS))}), or tar shards *.tar.")
     paths, names = zip(*folders)
     class_of = [(*Path(path).relative_to(root).parts, "")[0] for path in paths]             # of each folder
-    classes = sorted(set(class_of))
+    classes, numbers = np.unique(class_of, return_inverse=True)                             # sorted
+    classes = classes.tolist()
     if len(classes) > 1 and classes[0] == "":
         raise UserError(f"{os.path.join(paths[0], os.fsdecode(names[0][0]))} lies beside the class folders; "
                         "move it into one of them or away.")
     empty = sorted({p.name for p in root.iterdir() if p.is_dir() and p.name[0] != "."} - {*classes})
     if empty and classes != [""] and ranks()[0] == 0:
-        more = ", ..." if len(empty) > 8 else ""
-        print(f"{root}: skipped folders without images: {', '.join(empty[:8])}{more}", file=sys.stderr)
-    number = {name: i for i, name in enumerate(classes)}
+        print(f"{root}: {len(empty)} folder(s) without images: {', '.join(empty[:8])}", file=sys.stderr)
     counts = [len(inside) for inside in names]
-    labels = np.repeat([number[name] for name in class_of], counts)
-    return Files(paths, counts, np.concatenate(names)), labels, classes
+    return Files(paths, counts, np.concatenate(names)), np.repeat(numbers, counts), classes
 
 
 def picture_folders(folder, above=()):
     """Yields (path, names of its images as an array of bytes) for the folder and those below it, sorted, but
     not those that begin with a dot. `above`: the folders on the way; links back to them are ignored."""
     above = (*above, os.path.realpath(folder))
-    entries = os.scandir(folder) if os.path.isdir(folder) else []
-    entries = sorted((e for e in entries if e.name[0] != "."), key=lambda entry: entry.name)
+    entries = sorted((e for e in os.scandir(folder) if e.name[0] != "."), key=lambda entry: entry.name)
     names = [os.fsencode(entry.name) for entry in entries
              if os.path.splitext(entry.name)[1].lower() in EXTENSIONS and entry.is_file()]
     if names:
@@ -135,8 +131,7 @@ def class_table(directory):
     if not path.exists():
         return []
     try:
-        lines = path.read_text("utf-8").splitlines()
-        rows = csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
+        rows = csv.DictReader(path.read_text("utf-8").splitlines(), delimiter="\t", quoting=csv.QUOTE_NONE)
         table = [(row["wnid"], row["name"]) for row in rows]
     except (UnicodeDecodeError, KeyError):
         table = []
@@ -165,9 +160,7 @@ class Views(torch.utils.data.Dataset):
     BLOCK = 256                                              # files decoded together
 
     def __init__(self, files, labels, classes, size, batch_size, c):
-        if c.favour != 1 and not c.favour_class:
-            raise UserError(f"data.favour is {c.favour}, but of which class? Name it in data.favour_class.")
-        if c.favour_class and c.favour_class not in classes:
+        if (c.favour != 1 or c.favour_class) and c.favour_class not in classes:
             raise UserError(f"data.favour_class is {c.favour_class!r}; the data has no class of that name, "
                             f"but for example {', '.join(classes[:3])}.")
         self.c = c                                           # the section `data`
@@ -225,20 +218,21 @@ class Views(torch.utils.data.Dataset):
         with ThreadPoolExecutor(max(1, self.c.workers)) as pool, bar:
             ahead = pool.map(read_file, starts[:self.BLOCK])
             for i in range(0, len(starts), self.BLOCK):
-                block = list(ahead)
+                views, images, bad = zip(*ahead)
                 ahead = pool.map(read_file, starts[i + self.BLOCK:i + 2 * self.BLOCK])
-                views, images, bad = zip(*block)
                 yield np.concatenate(views), torch.cat(images), np.array(sum(bad, []), int)
-                bar.update(len(block))
+                bar.update(len(views))
 
     def report(self, bad):
         """Says how many files cannot be read, given their first views. Raises UserError when no file can."""
-        if len(bad):
-            first, n = self.files[self.file_of[bad[0]]], (self.crop_of == 0).sum()
-            if len(bad) == n:
-                raise UserError(f"None of the {n} files can be read as an image; the first: {first}")
-            if ranks()[0] == 0:
-                print(f"skipped {len(bad)} of {n} files, which cannot be read as images; the first: {first}")
+        if not len(bad):
+            return
+        first = self.files[self.file_of[bad[0]]]
+        n = (self.crop_of == 0).sum()
+        if len(bad) == n:
+            raise UserError(f"None of the {n} files can be read as an image; the first: {first}")
+        if ranks()[0] == 0:
+            print(f"skipped {len(bad)} of {n} files, which cannot be read as images; the first: {first}")
 
     def load(self, device):
         """Holds all views on the device, uint8, and drops those that cannot be read."""
@@ -271,11 +265,13 @@ class Views(torch.utils.data.Dataset):
 
     def __getitem__(self, step):
         drawn, flips = (values[self.rows] for values in self.draw(step))
+        views = drawn
         if self.images is not None:
-            views, images = drawn, self.images[torch.from_numpy(drawn)]
+            images = self.images[torch.from_numpy(drawn)]
         else:
             views, images = zip(*map(self.readable, drawn))
-            views, images = np.array(views), torch.stack(images)
+            views = np.array(views)
+            images = torch.stack(images)
         flips = torch.from_numpy(flips).to(images.device)
         images = torch.where(flips[:, None, None, None], images.flip(-1), images)
         return images, torch.from_numpy(self.labels[views]), int((views != drawn).sum())
@@ -290,24 +286,23 @@ class Views(torch.utils.data.Dataset):
 
 def validation_images(directory, size, count, classes, index=None):
     """Up to `count` central crops of DIR/val, spread over it, uint8 (B, 3, S, S), and labels, indices of
-    `classes` (all 0 where those are [""]); (None, None) without DIR/val. `index` is that of `find_images`.
-    Raises UserError when DIR/val has none of the classes or no readable image of them."""
+    `classes` (all 0 where those are [""]); (None, None) without DIR/val, UserError where it has none of them.
+    index: as in `find_images`."""
     if not (Path(directory) / "val").is_dir():
         return None, None
     files, labels, names = find_images(directory, "val", index)
     number = dict.fromkeys(names, 0) if classes == [""] else {name: i for i, name in enumerate(classes)}
     known = [i for i in range(len(files)) if names[labels[i]] in number]
-    if not known:
-        raise UserError(f"{directory}/val has none of the training's classes ({', '.join(classes[:3])}, ...) "
-                        f"but {', '.join(names[:3])}; rename its folders or move it away.")
-    images, found = [], []
+    found = []                                               # (image, label)
     for k in np.linspace(0, len(known) - 1, min(count, len(known))).astype(int):
         with contextlib.suppress(UserError):                 # a damaged file is not fatal here either
-            images.append(crop(open_image(files[known[k]]), size))
-            found.append(number[names[labels[known[k]]]])
-    if not images:
-        raise UserError(f"None of the images in {directory}/val can be read; repair them or move it away.")
-    return torch.stack(images), torch.tensor(found)
+            image = crop(open_image(files[known[k]]), size)
+            found.append((image, number[names[labels[known[k]]]]))
+    if not found:
+        raise UserError(f"{directory}/val, with {', '.join(names[:3])}, holds no readable image of the "
+                        f"training's classes ({', '.join(classes[:3])}, ...); repair it or move it away.")
+    images, labels = zip(*found)
+    return torch.stack(images), torch.tensor(labels)
 
 
 # === Token cache: views -> codes, computed once =============================================================
@@ -315,11 +310,10 @@ TO_DO, ENCODED, UNREADABLE = range(3)                        # states of a file 
 
 
 def cached_codes(views, vae, directory, device, dtype):
-    """The codes of every view and (with data.flip) its mirror image: uint16 (1 or 2, M, N, D), memory-mapped.
-    The file's name is a hash of the RQ-VAE's weights, the precision and the views. Drops unreadable files
-    from `views`. All ranks call this together and share the work in a `directory` that all of them see; after
-    an interruption it goes on where it stopped, with any number of ranks. Raises UserError when the codes of
-    other ranks do not arrive or the cache is damaged."""
+    """The codes of every view and (with data.flip) its mirror image: uint16 (1 or 2, M, N, D), memory-mapped,
+    in a file named by a hash of RQ-VAE, precision and views. Drops unreadable files from `views`. All ranks
+    call this together and share the work in a `directory` that all of them see; after an interruption it goes
+    on where it stopped, with any number of ranks. UserError for a damaged cache."""
     content = [code_fingerprint(vae), str(dtype), views.size, views.c.seed, views.c.flip,
                files_fingerprint(views.files)]
     digest = hashlib.sha256(json.dumps(content).encode() + views.file_of.tobytes() + views.crop_of.tobytes())
@@ -328,7 +322,8 @@ def cached_codes(views, vae, directory, device, dtype):
     if not path.exists():                                    # no rank can finish before all have looked
         encode_views(views, vae, path, index_path, device, dtype)
     try:
-        index, codes = np.load(index_path), np.load(path, mmap_mode="r")
+        index = np.load(index_path)
+        codes = np.load(path, mmap_mode="r")
     except (OSError, ValueError, EOFError) as error:
         raise UserError(f"The token cache {path} with {index_path.name} is damaged ({error}); delete both, "
                         "and they will be made again.") from None
@@ -338,10 +333,15 @@ def cached_codes(views, vae, directory, device, dtype):
 
 def encode_views(views, vae, path, index_path, device, dtype):
     """Writes the codes of the readable views to `path` and the indices of these views to `index_path`."""
-    part_path, state_path = path.with_suffix(".part"), path.with_suffix(".state")
+    part_path = path.with_suffix(".part")
+    state_path = path.with_suffix(".state")
     shape = (1 + views.c.flip, len(views), vae.side ** 2, vae.quantizer.depth)
     rank, world = ranks()
-    barrier = dist.barrier if world > 1 else lambda: None
+
+    def barrier():
+        if world > 1:
+            dist.barrier()
+
     if rank == 0 and not (part_path.exists() and state_path.exists()):
         with replacing(state_path) as temporary:             # first: an old state would vouch for zeros
             allocate(temporary, np.uint8, (len(views.files),))

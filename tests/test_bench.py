@@ -57,16 +57,14 @@ def number(text):
     return float(text.replace(",", "").rstrip("%"))
 
 
-def test_bench_times_every_mode_and_keeps_the_export(tmp_path):
-    arguments = ("tools.bench --preset smoke --t-draft 8 --repeat 1 --precision fp32 --exported kept "
-                 "rounds=1").split()
-    done = execute(*arguments, "--mode", "eager,eager:bf16,plain,raster,onnx", "--batch", "1,2", cwd=tmp_path)
+def test_bench_times_every_mode_of_torch(tmp_path):
+    """The mode onnx is in tests/test_export.py, where there are graphs."""
+    done = execute("tools.bench", *"--preset smoke --t-draft 8 --repeat 1 --precision fp32 rounds=1".split(),
+                   "--mode", "eager,eager:bf16,plain,raster", "--batch", 2, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     rows = table(done.stdout)
-    modes = [("eager", "fp32", "8"), ("eager", "bf16", "8"), ("plain", "fp32", "8"), ("raster", "fp32", "64"),
-             ("onnx", "fp32", "8")]
-    found = [(row["batch"], row["mode"], row["precision"], row["T_draft"]) for row in rows]
-    assert found == [(batch, *mode) for batch in "12" for mode in modes]
+    modes = [("eager", "fp32", "8"), ("eager", "bf16", "8"), ("plain", "fp32", "8"), ("raster", "fp32", "64")]
+    assert [(row["mode"], row["precision"], row["T_draft"]) for row in rows] == modes
     for row in rows:
         seconds, flops = number(row["s per image"]), number(row["GFLOP per image"])
         assert number(row["GFLOP/s"]) == pytest.approx(flops / seconds, rel=0.1, abs=0.5)
@@ -76,12 +74,10 @@ def test_bench_times_every_mode_and_keeps_the_export(tmp_path):
             assert parts == "-"
         else:
             assert abs(sum(map(int, re.findall(r"\d+", parts))) - 100) <= 2
-    done = execute(*arguments, "--mode", "onnx", "--batch", 2, cwd=tmp_path)
-    assert done.returncode == 0 and "is up to date" in done.stdout, done.stderr
 
 
 def test_bench_times_training_steps(tmp_path):
-    done = execute("tools.bench", "--train", "smoke", "--repeat", 2, "--precision", "fp32", cwd=tmp_path)
+    done = execute("tools.bench", "--train", "smoke", "--repeat", 1, "--precision", "fp32", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     rows = table(done.stdout)
     assert [row["stage"] for row in rows] == ["vae", "transformer"]

@@ -231,15 +231,13 @@ def test_sampling_from_graphs_gives_pytorchs_picture(draw, exported, tmp_path):
 
 def test_sampling_from_graphs_imports_only_what_it_uses(exported, tmp_path):
     arguments = "sample.py --class 0 --num 1 --backend onnx --exported".split() + [str(exported[1])]
-    program = (f"import sys, runpy\nsys.argv = {arguments}\n"
+    program = (f"import sys, runpy, drr\nsys.argv = {arguments}\n"
+               "early = 'onnxruntime' in sys.modules\n"               # by drr.py alone
                f"runpy.run_path({str(REPO / 'sample.py')!r}, run_name='__main__')\n"
                "unwanted = ('tensorrt', 'train_vae', 'train_transformer', 'export', 'onnx')\n"
-               "print([m for m in unwanted if m in sys.modules])")
+               "print(early, [m for m in unwanted if m in sys.modules])")
     done = execute("-c", program, cwd=tmp_path)
-    assert done.returncode == 0 and done.stdout.splitlines()[-1] == "[]", done.stderr
-    program = "import sys, drr; print([m for m in ('onnx', 'onnxruntime') if m in sys.modules])"
-    done = execute("-c", program, cwd=tmp_path)
-    assert done.stdout.strip() == "[]"
+    assert done.returncode == 0 and done.stdout.splitlines()[-1] == "False []", done.stderr
 
 
 def refused(done, *words):
@@ -264,6 +262,15 @@ def test_what_needs_a_gpu_says_so(draw, exported, monkeypatch):
     with pytest.raises(drr.UserError, match="CUDA"):               # never a silent fall back to the CPU
         part = backends.read_manifest(exported[1])["parts"]["decoder"]
         backends.OnnxSession(exported[1], part, SimpleNamespace(type="cuda", index=0))
+
+
+def test_bench_times_graphs_and_keeps_them(exported, tmp_path):
+    shutil.copytree(exported[1], tmp_path / "kept" / "fp32")       # as an earlier run has left them
+    arguments = "--exported kept --t-draft 8 --repeat 1 --precision fp32 --mode eager,onnx rounds=1".split()
+    done = execute("tools.bench", "--checkpoint", exported[0], "--batch", "1,5", *arguments, cwd=tmp_path)
+    assert done.returncode == 0 and "is up to date" in done.stdout, done.stderr
+    rows = [line.split(" | ") for line in done.stdout.splitlines() if line.startswith(("| eager", "| onnx"))]
+    assert [row[:3] for row in rows] == [[f"| {mode}", "fp32", n] for n in "15" for mode in ("eager", "onnx")]
 
 
 # === export.py: all or nothing ==============================================================================
@@ -351,12 +358,28 @@ def test_a_first_export_that_fails_leaves_nothing(exported, tmp_path, monkeypatc
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_graph_over_its_bound_is_an_error(exported, tmp_path, monkeypatch):
-    def wrong(self, codes, mask, cond, positions):
-        return self.network.context(codes, mask, cond, positions) + 0.01
+def only(monkeypatch, *names):
+    """Exports these graphs alone, where the others would add nothing but time."""
+    modules, describe = export.make_modules, export.describe
 
-    monkeypatch.setattr(export.Spatial, "forward", wrong)
-    with pytest.raises(drr.UserError, match="spatial"):
+    def described(*arguments):
+        manifest = describe(*arguments)
+        return {**manifest, "parts": {name: manifest["parts"][name] for name in names}}
+
+    monkeypatch.setattr(export, "make_modules", lambda *a: [(n, m) for n, m in modules(*a) if n in names])
+    monkeypatch.setattr(export, "describe", described)
+
+
+def test_a_graph_over_its_bound_is_an_error(exported, tmp_path, monkeypatch):
+    step = export.DepthStep.forward
+
+    def wrong(self, h, stacks, position, cache):
+        logits, new = step(self, h, stacks, position, cache)
+        return logits + 0.01, new
+
+    monkeypatch.setattr(export.DepthStep, "forward", wrong)
+    only(monkeypatch, "depth")
+    with pytest.raises(drr.UserError, match="depth"):
         export.export(*drr.load_checkpoint(exported[0]), tmp_path / "out", "fp32", 2)
     assert list(tmp_path.iterdir()) == []
 
@@ -376,13 +399,14 @@ def test_export_trt_without_a_gpu_keeps_the_graphs_and_says_what_is_missing(expo
     assert "up to date" in done.stdout and backends.read_manifest(out)["max_batch"] == 5
 
 
-def test_half_precision_graphs_stay_near_pytorch(exported, tmp_path):
+def test_half_precision_graphs_stay_near_pytorch(exported, tmp_path, monkeypatch):
+    only(monkeypatch, "spatial", "depth")
     manifest = export.export(*drr.load_checkpoint(exported[0]), tmp_path / "out", "fp16", 2)   # raises if not
     assert manifest["parts"]["depth"]["inputs"][0][2] == "float16"
-    model, _ = backends.load("onnx", tmp_path / "out", CPU)
-    assert 0 < manifest["parts"]["spatial"]["max_difference"] < 0.05
-    codes, cond = torch.zeros(2, 64, model.depth, dtype=torch.int64), torch.zeros(2, 1, dtype=torch.int64)
-    context = model.context(codes, torch.ones(2, 64, dtype=torch.bool), cond)
+    spatial = manifest["parts"]["spatial"]
+    assert 0 < spatial["max_difference"] < 0.05
+    inputs = export.example_inputs(spatial, 2, manifest["model"], 64)
+    context, = backends.OnnxSession(tmp_path / "out", spatial, CPU)(*inputs)
     assert context.dtype == torch.float16 and context.isfinite().all()
 
 
