@@ -57,14 +57,16 @@ def server():
     return process, folder
 
 
-def start(script, *arguments, cwd, without=()):
+def start(script, *arguments, cwd, without=None):
     """Begins `python SCRIPT ARGUMENTS`, a script of this repository; returns its process number. One by one.
-    without: modules that it shall not find."""
+    without: modules that it shall not find; of a training matplotlib, as plots take as long as the training."""
     process, folder = server()
     out, err = (str(Path(folder.name, name)) for name in ("out", "err"))
     if script.endswith(".py"):                                 # otherwise it is a module, as for python -m
         script = str(REPO / script)
     arguments = [script, *map(str, arguments)]
+    if without is None:
+        without = ["matplotlib"] if Path(script).stem.startswith("train_") else []
     task = {"arguments": arguments, "cwd": str(cwd), "out": out, "err": err, "without": without}
     print(json.dumps(task), file=process.stdin, flush=True)
     return int(process.stdout.readline())
@@ -81,7 +83,7 @@ def wait(pid):
     return SimpleNamespace(returncode=returncode, stdout=out, stderr=err, output=out + err)
 
 
-def execute(first, *arguments, cwd, without=()):
+def execute(first, *arguments, cwd, without=None):
     """Runs `python ARGUMENTS`; the first is a script, a module such as tools.evaluate, or `-c`."""
     if first != "-c":
         return wait(start(first, *arguments, cwd=cwd, without=without))

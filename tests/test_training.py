@@ -52,10 +52,9 @@ def assert_same(a, b, stage):
 
 
 # === A short run of either stage ============================================================================
-WITHOUT_PLOTS = ("matplotlib",)                            # they take as long as the training
 
 
-def train(stage, *arguments, without=WITHOUT_PLOTS):
+def train(stage, *arguments, without=None):
     return processes.execute(f"train_{stage}.py", *arguments, cwd=REPO, without=without)
 
 
@@ -108,8 +107,7 @@ def test_a_run_killed_ten_times_at_random_is_the_uninterrupted_run(arguments, tm
         while True:
             resume = ["--resume"] if list(out.glob(f"{stage}_state_*.pt")) else []
             resumed += len(resume)
-            pid = processes.start(f"train_{stage}.py", *arguments(stage, out, *resume), cwd=REPO,
-                                  without=WITHOUT_PLOTS)
+            pid = processes.start(f"train_{stage}.py", *arguments(stage, out, *resume), cwd=REPO)
             if kills < 10:
                 time.sleep(moment.uniform(0.2, 1) * whole)
                 with contextlib.suppress(ProcessLookupError):    # it had finished
@@ -128,7 +126,7 @@ def test_a_run_killed_ten_times_at_random_is_the_uninterrupted_run(arguments, tm
 def test_sigterm_saves_first_and_says_so(arguments, tmp_path):
     finished(train("vae", *arguments("vae", tmp_path / "whole")))
     seldom = arguments("vae", tmp_path / "parts", "vae.save_every=100")
-    pid = processes.start("train_vae.py", *seldom, cwd=REPO, without=WITHOUT_PLOTS)
+    pid = processes.start("train_vae.py", *seldom, cwd=REPO)
     while not (tmp_path / "parts" / "vae.csv").exists() or len(rows(tmp_path / "parts", "vae")) < 3:
         time.sleep(0.01)
     os.kill(pid, signal.SIGTERM)
