@@ -59,7 +59,7 @@ def server():
 
 def start(script, *arguments, cwd, without=None):
     """Begins `python SCRIPT ARGUMENTS`, a script of this repository; returns its process number. One by one.
-    without: modules that it shall not find; of a training matplotlib, as plots take as long as the training."""
+    without: modules that it shall not find; of a training matplotlib, since plots take as long as it does."""
     process, folder = server()
     out, err = (str(Path(folder.name, name)) for name in ("out", "err"))
     if script.endswith(".py"):                                 # otherwise it is a module, as for python -m
