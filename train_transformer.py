@@ -60,7 +60,7 @@ def load_vae(path, beside):
     """RQ-VAE, its section, its former fingerprints. Raises UserError where another is `beside` the result."""
     vae, section = drr.load_vae(path)
     if beside.exists() and drr.code_fingerprint(drr.load_vae(beside)[0]) != drr.code_fingerprint(vae):
-        raise UserError(f"{beside} has other codes than {path}; choose another --out.")
+        raise UserError(f"{beside} is another RQ-VAE than {path}; choose another --out.")
     return vae, section, drr.former_fingerprints(path, vae)
 
 
