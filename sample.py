@@ -122,10 +122,11 @@ def output_paths(args, num):
     single = [] if args.out_dir is None else [Path(args.out_dir) / f"{i:03d}.png" for i in range(num)]
     for path in (out, *single[:1]):
         check_writable(path)
-    paths = [path.resolve() for path in (out, *single)]
-    inputs = [Path(path).resolve() for path in (args.image, args.mask, args.reconstruct) if path]
-    if len({*paths, *inputs}) < len(paths) + len({*inputs}):
-        raise UserError("One picture would be replaced by another; give --out or --out-dir another name.")
+    taken = {Path(path).resolve() for path in (args.image, args.mask, args.reconstruct) if path}
+    for path in (*single, out):
+        if path.resolve() in taken:
+            raise UserError(f"{path} would be replaced; give --out or --out-dir another name.")
+        taken.add(path.resolve())
     return out, single
 
 
