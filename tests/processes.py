@@ -102,6 +102,8 @@ def torchrun(count, script, *arguments, cwd, wrapper="", timeout=SECONDS):
     """torchrun with `count` processes on this machine, for a script of this repository or a module such as
     tools.evaluate. wrapper: Python code to run before the script. Returns returncode and `output`."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
+    if script.startswith("train_"):
+        wrapper = "sys.modules['matplotlib'] = None\n" + wrapper    # no plots, as in `start`
     if script.endswith(".py"):
         script = str(REPO / script)
         runner = "run_path"
