@@ -120,13 +120,13 @@ def output_paths(args, num):
     name = (args.classes or "sample").replace(",", "-").replace(" ", "_").replace("/", "_")[:40]
     out = Path(args.out or f"samples/{name}_seed{args.seed}.png")
     single = [] if args.out_dir is None else [Path(args.out_dir) / f"{i:03d}.png" for i in range(num)]
-    for path in (out, *single[:1]):
-        check_writable(path)
     taken = {Path(path).resolve() for path in (args.image, args.mask, args.reconstruct) if path}
     for path in (*single, out):
         if path.resolve() in taken:
             raise UserError(f"{path} would be replaced; give --out or --out-dir another name.")
         taken.add(path.resolve())
+    for path in (out, *single[:1]):
+        check_writable(path)
     return out, single
 
 
