@@ -30,7 +30,7 @@ class Perceptual(NamedTuple):
     kept: float         # bytes for the backward pass, per pixel
 
 
-# LPIPS by the layers of VGG16, in float32; EfficientNet-Lite0 roughly, from its published operations.
+# LPIPS counted over the layers of VGG16, in float32; EfficientNet-Lite0 is a guess, not measured.
 PERCEPTUAL = {"lpips": Perceptual(14.7e6, 6.1e5, 2.4e3), "efficientnet": Perceptual(4.7e6, 1.1e4, 1.5e3)}
 
 
