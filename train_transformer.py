@@ -165,7 +165,8 @@ def main():
     forward = runs.parallel(torch.compile(transformer) if c.compile else transformer, device, c.shard)
 
     # --- loop -----------------------------------------------------------------------------------------------
-    log = runs.Log(out, "transformer", c, start, count, step_operations(transformer), device, dtype)
+    operations = step_operations(transformer)
+    log = runs.Log(out, "transformer", transformer, c, start, count, operations, device, dtype)
     stop = runs.StopSignal()
     batches = views.batches(start, c.steps) if online else None
     for step in runs.progress("train_transformer", start, c.steps):

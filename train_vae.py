@@ -241,7 +241,8 @@ def main():
     hinge = runs.parallel(HingeLoss(disc), device) if disc else None
 
     # --- loop -----------------------------------------------------------------------------------------------
-    log = runs.Log(out, "vae", c, start, count, step_operations(vae, val[:1], given), device, dtype)
+    operations = step_operations(vae, val[:1], given)
+    log = runs.Log(out, "vae", vae, c, start, count, operations, device, dtype)
     stop = runs.StopSignal()
     batches = views.batches(start, c.steps)
     for step in runs.progress("train_vae", start, c.steps):

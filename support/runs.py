@@ -154,13 +154,8 @@ def means(terms):
 def codebook_health(codes, codebook_size):
     """Health of the codebook by depth, for the codes (P, D) of all ranks: usage (D,), the share of codes that
     occur at all, and perplexity (D,), exp of their distribution's entropy (K if all are equally frequent)."""
-    parts = [torch.empty_like(codes) for _ in range(ranks()[1])]
-    if len(parts) == 1:
-        parts = [codes]
-    else:
-        dist.all_gather(parts, codes.contiguous())
-    counts = torch.stack([torch.bincount(k, minlength=codebook_size) for k in torch.cat(parts).T])
-    p = counts / counts.sum(1, keepdim=True)                                       # (D, K)
+    counts = total(torch.stack([torch.bincount(k, minlength=codebook_size) for k in codes.T]))     # (D, K)
+    p = counts / counts.sum(1, keepdim=True)
     entropy = -torch.special.xlogy(p, p).sum(1)
     return {"usage": (counts > 0).float().mean(1), "perplexity": torch.exp(entropy)}
 
@@ -418,13 +413,15 @@ class Log:
     resumed run drops the rows of the steps that it repeats. operations: of a step, per image, for the share
     of the device's matrix-product rate that training reaches (MFU)."""
 
-    def __init__(self, out, stage, c, start, count, operations, device, dtype):
+    def __init__(self, out, stage, model, c, start, count, operations, device, dtype):
         world = ranks()[1]
+        parameters = sum(p.numel() for p in model.parameters())            # of all ranks together
         self.path, self.columns = out / f"{stage}.csv", []
         self.c, self.device, self.times = c, device, []
-        self.announcement = (f"{stage}: {{}} more steps of {c.batch_size} images on {world} x {device} "
-                             f"{precision_name(dtype)} in {count} micro-batches of "
-                             f"{c.batch_size // world // count}; {{:.3g}} s per step, {{}} at this speed")
+        self.announcement = (f"{stage}: {parameters / 1e6:.1f}M parameters, {{}} more steps of "
+                             f"{c.batch_size} images on {world} x {device} {precision_name(dtype)} in "
+                             f"{count} micro-batches of {c.batch_size // world // count}; {{:.3g}} s per "
+                             "step, {} at this speed")
         self.fastest = world * matrix_rate(device, dtype, 0.3) / operations            # images per second
         if ranks()[0] == 0 and start and self.path.exists():
             self.drop_rows_after(start)

@@ -387,7 +387,8 @@ def assert_follows(one, two, rel):
 
 def test_stage_one_on_two_ranks_follows_the_run_on_one(arguments, tmp_path):
     """With the adversary, whose BatchNorm sees the same micro-batches; the ranks' weights are identical."""
-    # Four steps, two of them with the adversary: later Adam's first steps enlarge the rounding.
+    # Four steps, two of them with the adversary: rounding grows by Adam's first steps. With six, as in commit
+    # 170e051, that commit's own test failed on the same machine (an AMD EPYC) too.
     settings = arguments("vae", "two", "vae.micro_batch=4", steps=4)
     finished(train("vae", *arguments("vae", tmp_path / "one", "vae.micro_batch=4", steps=4)))
     finished(torchrun(2, "train_vae.py", *settings, cwd=tmp_path, wrapper=EACH_RANK))
@@ -517,8 +518,10 @@ def test_the_run_says_after_three_steps_what_the_rest_will_take(arguments, tmp_p
     halves = arguments("transformer", tmp_path, "transformer.micro_batch=4", steps=4)
     done = finished(train("transformer", *halves))
     line = next(line for line in done.output.splitlines() if line.startswith("transformer: "))
-    assert re.search("1 more steps of 8 images on 1 x cpu fp32 in 2 micro-batches of 4; "
-                     r"[\d.e-]+ s per step, [\d:]+ at this speed", line), line
+    _, transformer, _ = drr.load_checkpoint(tmp_path)
+    parameters = sum(p.numel() for p in transformer.parameters()) / 1e6
+    assert re.search(f"{parameters:.1f}M parameters, 1 more steps of 8 images on 1 x cpu fp32 in 2 "
+                     r"micro-batches of 4; [\d.e-]+ s per step, [\d:]+ at this speed", line), line
     with open(tmp_path / "transformer.csv", newline="") as f:
         log = list(csv.DictReader(f))
     assert len(log) == 4 and all(float(row["images_per_s"]) > 0 < float(row["mfu"]) for row in log)
@@ -560,6 +563,7 @@ def untrained_decoder(six_steps, tmp_path_factory):
     of all its weights."""
     folder = tmp_path_factory.mktemp("untrained")
     vae, section = drr.load_vae(six_steps / "vae" / "vae.safetensors")
+    torch.manual_seed(0)                      # else the start depends on which tests ran before
     for module in vae.decoder.modules():
         if hasattr(module, "reset_parameters"):
             module.reset_parameters()
@@ -592,7 +596,7 @@ def test_a_new_decoder_leaves_the_codes_alone_and_draws_better(untrained_decoder
     with torch.no_grad():
         assert torch.equal(before.encode(images), after.encode(images))
         old, new = ((vae.decode(vae.encode(images)) - images).abs().mean().item() for vae in (before, after))
-    assert new < 0.9 * old                                     # 0.84 when it was written
+    assert new < 0.9 * old                                     # 0.77 when it was written
 
 
 def test_an_older_transformer_loads_beside_the_new_decoder(untrained_decoder, fine_tuned, tmp_path):
