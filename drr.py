@@ -226,7 +226,7 @@ class Level(nn.Module):
 
 
 class Encoder(nn.Module):
-    """images (B, 3, S, S) -> features (B, z_channels, S / f, S / f), f = 2^(levels - 1)."""
+    """images (B, 3, S, S) -> features (B, z_channels, H, W), H = S / f, f = 2^(levels - 1)."""
 
     def __init__(self, c):
         super().__init__()
@@ -249,7 +249,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """features (B, z_channels, S / f, S / f) -> images (B, 3, S, S), not clamped."""
+    """features (B, z_channels, H, W) -> images (B, 3, S, S), not clamped."""
 
     def __init__(self, c):
         super().__init__()
@@ -263,6 +263,11 @@ class Decoder(nn.Module):
             if i > 0:                              # H -> 2 H
                 resample = named(up=nn.Upsample(scale_factor=2.0), conv=nn.Conv2d(width, width, 3, padding=1))
             self.up.append(Level([before] + [width] * (c.num_res_blocks + 1), attend, upsample=resample))
+        # DEVIATION: with vae.upscale the pictures are larger than the encoder's, as in Muse and Parti.
+        self.enlarge = nn.Sequential(*(
+            named(up=nn.Upsample(scale_factor=2.0), conv=nn.Conv2d(widths[0], widths[0], 3, padding=1),
+                  block_1=ResBlock(widths[0], widths[0]), block_2=ResBlock(widths[0], widths[0]))
+            for _ in range(c.upscale.bit_length() - 1)))
         self.norm_out = group_norm(widths[0])
         self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
 
@@ -270,7 +275,7 @@ class Decoder(nn.Module):
         x = self.mid(self.conv_in(x))
         for level in reversed(self.up):                            # the smallest resolution runs first
             x = level(x)
-        return self.conv_out(F.silu(self.norm_out(x)))
+        return self.conv_out(F.silu(self.norm_out(self.enlarge(x))))
 
 
 class RQVAE(nn.Module):
@@ -282,7 +287,10 @@ class RQVAE(nn.Module):
         if c.resolution % f:
             raise UserError(f"vae.resolution {c.resolution} is no multiple of {f}, the reduction of the "
                             f"{len(c.ch_mult)} levels of vae.ch_mult; change one of them.")
-        self.size, self.side = c.resolution, c.resolution // f     # S, H = W
+        if c.upscale & (c.upscale - 1):
+            raise UserError(f"vae.upscale is {c.upscale}; expected a power of two.")
+        self.upscale, self.side = c.upscale, c.resolution // f     # H = W
+        self.size = c.resolution * c.upscale                       # S
         self.encoder = Encoder(c)
         self.decoder = Decoder(c)
         self.quant_conv = nn.Conv2d(c.z_channels, c.code_dim, 1)
@@ -291,6 +299,8 @@ class RQVAE(nn.Module):
 
     def encode_latent(self, images):
         """images (B, 3, S, S) in [-1, 1] -> z (B, N, n_z), positions in raster order."""
+        if self.upscale > 1:                                       # the encoder sees them reduced
+            images = F.interpolate(images, scale_factor=1 / self.upscale, mode="bicubic", antialias=True)
         return self.quant_conv(self.encoder(images)).flatten(2).transpose(1, 2)
 
     def decode_latent(self, z_hat):
@@ -703,7 +713,7 @@ def load_vae(path):
     missing, damaged, or not an RQ-VAE of this project."""
     tensors, meta = read_model(path)
     with explained(path):
-        c = SimpleNamespace(**meta["vae"])
+        c = SimpleNamespace(**{"upscale": 1} | meta["vae"])        # a key that older files lack
         vae = RQVAE(c)
     fill(vae, tensors, path)
     return vae.requires_grad_(False).eval(), c

@@ -135,11 +135,11 @@ def look_at(vae, images, path):
 
 
 # === Set-up: the configuration, a file -> what is trained ===================================================
-def check(c, device):                        # what cannot be trained
+def check(c, size, device):                  # what cannot be trained
     if c.compile and device.type == "cpu":
         raise UserError("vae.compile is for a GPU: a CPU's gradients were wrong (torch 2.13); leave it out.")
-    if c.disc_weight and c.resolution >> max(1, c.disc_layers) < 3:
-        raise UserError(f"vae.disc_layers {c.disc_layers} leaves nothing of {c.resolution} pixels; lower it.")
+    if c.disc_weight and size >> max(1, c.disc_layers) < 3:
+        raise UserError(f"vae.disc_layers {c.disc_layers} leaves nothing of {size} pixels; lower it.")
 
 
 def given_codes(args, c, out):
@@ -165,7 +165,8 @@ def build(c, weights, frozen, device):
     """{name: module or optimizer or None}: all that learns, with these weights (a path) or random ones."""
     vae = drr.RQVAE(c).to(device)
     if weights:
-        drr.fill(vae, drr.read_model(weights)[0], weights)
+        new = {k: v for k, v in vae.state_dict().items() if frozen and k.startswith("decoder.enlarge.")}
+        drr.fill(vae, new | drr.read_model(weights)[0], weights)           # FILE may have no such level yet
     vae.encoder.requires_grad_(not frozen)
     vae.quant_conv.requires_grad_(not frozen)
     # DEVIATION: the result has an averaged decoder, without the noise of an adversary's last steps.
@@ -202,7 +203,8 @@ def main():
     if args.official:
         from support.official import convert
         return convert(args, config, out / "vae.safetensors")
-    check(c, device)
+    size = c.resolution * c.upscale          # S
+    check(c, size, device)
     rows, count = runs.micro_batches("vae", c)
     states = runs.States(out, "vae", args, c.keep)
     given, former = given_codes(args, c, out) if args.decoder_only else (None, ())
@@ -213,13 +215,13 @@ def main():
 
     # --- data -----------------------------------------------------------------------------------------------
     files, labels, classes = data.find_images(args.data, index=out / "shards")
-    views = data.Views(files, labels, classes, c.resolution, c.batch_size, config.data)
+    views = data.Views(files, labels, classes, size, c.batch_size, config.data)
     settings = runs.settings_of(config, ("vae", "data"), str(dtype), data.files_fingerprint(files))
     if given:
         settings["the codes of --decoder-only"] = given
     if config.data.in_memory:
         views.load(device)
-    val, _ = data.validation_images(args.data, c.resolution, 512, classes, out / "shards")
+    val, _ = data.validation_images(args.data, size, 512, classes, out / "shards")
     if val is None:
         val = views[0][0]
         print(f"{args.data} has no val: val_psnr is that of {len(val)} pictures of the training")

@@ -27,7 +27,7 @@ BUNDLED = HERE / "checkpoints" / "tiny-imagenet-32"
 # What a key's value may be: a number in a range, or one of some words. What is not listed here is above 0.
 ALLOWED = {key: allowed for allowed, keys in {
     "from 0": "workers quantize_start commitment_weight perceptual_weight disc_weight disc_start disc_ramp "
-              "disc_layers feature_weight micro_batch warmup grad_clip weight_decay",
+              "disc_layers feature_weight micro_batch warmup grad_clip weight_decay muon_lr",
     "from 0 to 1": "balance ema_decay weights_ema cond_dropout",
     "from 0 to below 1": "betas",
     "from 0 to 4398046511104": "seed",
@@ -36,6 +36,7 @@ ALLOWED = {key: allowed for allowed, keys in {
     "from 0 to 100": "draft_guidance revise_guidance",
     "from 0.01 to 100": "draft_temperature revise_temperature",
     "from 1 to 10000": "views class_views",
+    "from 1 to 8": "upscale",
     "from 1 to 65536": "codebook_size",                      # the token cache holds codes as uint16
     "above 0 to 1": "top_p",
     "one of mse, l1": "loss",
