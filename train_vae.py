@@ -23,6 +23,15 @@ TERMS = ("loss", "reconstruction", "commitment", "perceptual", "gan", "features"
 
 
 # === The adversary: images -> logits of patches, features -> losses of discriminator and decoder ============
+class Blur(nn.Module):
+    """[1, 2, 1] / 4 along both sides of x (B, C, H, W): a stride after it leaves no checkerboard in gradients."""
+
+    def forward(self, x):
+        kernel = x.new_tensor([1, 2, 1]) / 4
+        kernel = (kernel[:, None] * kernel).expand(x.shape[1], 1, 3, 3)
+        return F.conv2d(F.pad(x, (1, 1, 1, 1), mode="reflect"), kernel, groups=x.shape[1])
+
+
 class Discriminator(nn.Module):
     """images (B, 3, S, S) -> logits (B, 1, h, w), one per patch, and every layer's features, [(B, c, h, w)].
 
@@ -39,10 +48,9 @@ class Discriminator(nn.Module):
         for i in range(layers + 1):
             c_out = ch * min(2 ** i, 8)
             if kind == "spectral":
-                blur = nn.Sequential(nn.AvgPool2d(2, 1, 1, count_include_pad=False), nn.AvgPool2d(2, 1))
                 for first, kernel, stride in ((width, 3, 1), (c_out, 4, 2)):
                     conv = spectral_norm(nn.Conv2d(first, c_out, kernel, stride, 1, padding_mode="reflect"))
-                    before = [blur] if stride == 2 else []       # else its gradients are checkerboards
+                    before = [Blur()] if stride == 2 else []
                     self.layers.append(nn.Sequential(*before, conv, nn.LeakyReLU(0.2)))
             else:
                 conv = nn.Conv2d(width, c_out, 4, 2 if i < max(layers, 1) else 1, 1, bias=i == 0)
