@@ -74,8 +74,8 @@ def decode(model, cond, noise, c, codes=None, region=None, update=drr.update):
             ramp = t / max(1, len(sets) - 1)                                               # 0 .. 1
             sampling = sampling._replace(guidance=1 + ramp * (c.draft_guidance - 1))
         if c.draft_pool < 1:
-            state = update_likeliest(model, state, inside[0], positions.shape[1], c.draft_pool, uniforms[0],
-                                     cond, sampling, update)
+            state = update_likeliest(model, state, inside[0], positions.shape[1], c.draft_pool,
+                                     moved(uniforms[0], t), cond, sampling, update)
         else:
             state = update(model, state, positions, uniforms[0], cond, sampling)
         yield state
@@ -121,6 +121,18 @@ def growing_partition(order, T):
     T = min(T, n)
     ends = [max(t, round(n * (1 - math.cos(math.pi / 2 * t / T)))) for t in range(1, T)]
     return list(order.tensor_split(ends, dim=1))
+
+
+def moved(uniforms, t):
+    """The uniforms (..., D) of the t-th update (0, 1, ..): those of t = 0 moved around the unit interval.
+
+    Top-C draws a stack that stays hidden again and again, and only because it draws afresh do likely codes pile
+    up. One draw of noise before the decode must do, so each depth moves by its own irrational step: a Kronecker
+    sequence, which in time comes near every point of the unit cube (2^(d / (D + 1)): Niederreiter).
+    """
+    D = uniforms.shape[-1]
+    steps = 2 ** (torch.arange(1, D + 1, dtype=torch.float64) / (D + 1))                   # (D,)
+    return (uniforms + (t * steps % 1).to(uniforms)) % 1
 
 
 def update_likeliest(model, state, order, count, pool, uniforms, cond, sampling, update=drr.update):
