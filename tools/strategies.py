@@ -8,6 +8,7 @@ clearly after revision. `plain_decode` is the slow, readable version: the fast o
 import math
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 
 import drr
@@ -75,7 +76,7 @@ def decode(model, cond, noise, c, codes=None, region=None, update=drr.update):
             sampling = sampling._replace(guidance=1 + ramp * (c.draft_guidance - 1))
         if c.draft_pool < 1:
             state = update_likeliest(model, state, inside[0], positions.shape[1], c.draft_pool,
-                                     moved(uniforms[0], t), cond, sampling, update)
+                                     fresh(uniforms[0], t), cond, sampling, update)
         else:
             state = update(model, state, positions, uniforms[0], cond, sampling)
         yield state
@@ -123,16 +124,18 @@ def growing_partition(order, T):
     return list(order.tensor_split(ends, dim=1))
 
 
-def moved(uniforms, t):
-    """The uniforms (..., D) of the t-th update (0, 1, ..): those of t = 0 moved around the unit interval.
+def fresh(uniforms, t):
+    """The uniforms (B, N, D) of the t-th update: those that are given for t = 0, then others.
 
-    Top-C draws a stack that stays hidden again and again, and only because it draws afresh do likely codes pile
-    up. One draw of noise before the decode must do, so each depth moves by its own irrational step: a Kronecker
-    sequence, which in time comes near every point of the unit cube (2^(d / (D + 1)): Niederreiter).
+    Top-C draws a stack that stays hidden again and again, and only because each draw is a new one do likely
+    codes pile up. The noise of a decode is drawn before it begins, from an image's number alone; so that this
+    stays so, the new noise of an image is seeded with some of its old.
     """
-    D = uniforms.shape[-1]
-    steps = 2 ** (torch.arange(1, D + 1, dtype=torch.float64) / (D + 1))                   # (D,)
-    return (uniforms + (t * steps % 1).to(uniforms)) % 1
+    if t == 0:
+        return uniforms
+    seeds = (uniforms.flatten(1)[:, :4] * 2 ** 24).long().tolist()                         # (B, 4), exact
+    drawn = [np.random.default_rng([t, *seed]).random(uniforms.shape[1:], np.float32) for seed in seeds]
+    return torch.from_numpy(np.stack(drawn)).to(uniforms.device)
 
 
 def update_likeliest(model, state, order, count, pool, uniforms, cond, sampling, update=drr.update):
