@@ -50,7 +50,7 @@ def test_every_row_is_a_way_of_decoding_with_enough_revisions():
     rows = [row for table in study.TABLES for row in study.rows_of(table)]
     assert all(0 <= m <= settings[way].rounds for _, way, m in rows)
     assert settings["t_draft=8"].rounds == settings["t_draft=64"].rounds == 5
-    assert {label for label, _, _ in study.rows_of(study.TABLES[2])} == {f"M = {m}" for m in range(6)}
+    assert [row[0] for row in study.rows_of(study.TABLES[1])] == [f"T_draft 8, M = {m}" for m in range(6)]
 
 
 def test_the_rounds_of_a_run_are_what_sample_draws_with_so_many_revisions():
@@ -99,8 +99,8 @@ def test_a_table_marks_what_differs_beyond_its_error():
     assert b[4] == a[4] and "±" in b[4]                              # the same hits: no difference
 
 
-def test_study_from_nothing_to_tables_and_on(call, tmp_path):
-    command = ["--out", "study", "--batch", 4, "--images", 4, "--tables", "3,5"]
+def test_study_from_nothing_to_tables_and_on(call, tmp_path, monkeypatch):
+    command = ["--out", "study", "--batch", 4, "--images", 4, "--tables", "2,4"]
     assert "1 seeds of 4 images" in call(*command, "--seeds", 1)
     kept = tmp_path / "study" / "t_draft=8_rounds=5-0.npz"
     with np.load(kept) as arrays:
@@ -108,13 +108,16 @@ def test_study_from_nothing_to_tables_and_on(call, tmp_path):
     written = kept.stat().st_mtime_ns
     text = call(*command, "--seeds", 2)
     assert kept.stat().st_mtime_ns == written                        # drawn once
-    for words in ("2 seeds of 4 images", "| M = 5 |", "| T_revise 8 |", "### 5. "):
+    for words in ("2 seeds of 4 images", "| T_draft 8, M = 5 |", "| T_revise 8 |", "### 4. "):
         assert words in text
     for name in ("tables.md", "study.png",
                  "t_draft=8_rounds=5-1.npz", "t_draft=8_t_revise=1_rounds=2-1.npz"):
         assert (tmp_path / "study" / name).stat().st_size > 100
     with pytest.raises(drr.UserError, match="another --out"):
         call(*command, "--images", 5)
+    monkeypatch.setattr(study, "see", shutil.copy)                   # any other code
+    with pytest.raises(drr.UserError, match="another --out"):
+        call(*command)
 
 
 def test_infilling_counts_the_codes_that_come_back(call, tmp_path):
@@ -126,7 +129,7 @@ def test_infilling_counts_the_codes_that_come_back(call, tmp_path):
 @pytest.mark.parametrize("arguments, word", [
     (["--seeds", "0"], "--seeds"),
     (["--images", "3"], "--images"),
-    (["--tables", "1,13"], "from 1 to 12"),
+    (["--tables", "1,11"], "from 1 to 10"),
     (["--features", "inceptoin"], "inceptoin"),
     (["--data", TESTS / "photos"], "at least 4"),
     (["--data", TESTS, "--infill"], "val/<class>")])

@@ -2,7 +2,7 @@
 (docs/study.md).
 
     python -m tools.study --data DIR                   # draws what is missing; tables and a plot
-    python -m tools.study --data DIR --tables 7,8      # of these tables only
+    python -m tools.study --data DIR --tables 6,7      # of these tables only
     python -m tools.study --data DIR --infill          # instead: in-filling of hidden halves
 
 Every row is one way of decoding, with the paper's values where it does not say otherwise. All draw the same
@@ -11,6 +11,8 @@ after the draft and after each revision, so that a run with five revisions also 
 """
 import argparse
 import functools
+import hashlib
+import inspect
 import math
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,10 +31,8 @@ from tools import evaluate, machine, strategies
 
 # === The tables =============================================================================================
 PRESET = "imagenet-821m"                             # for the paper's sampling values
-LENGTHS = {f"T_draft {t}": f"t_draft={t}" for t in (8, 4, 16, 32, 64)}
-ORDERS = {"Random": "", "Top-C": "draft_pool=0", "Top-C-50%": "draft_pool=0.5", "Sobol": "order=sobol"}
-GROWING = {"growing": "draft_growing=true", "Sobol, growing": "order=sobol draft_growing=true"}
 SHORT, LONG = "t_draft=8", "t_draft=64"
+POOLS = {"Random": "", "Top-C": "draft_pool=0", "Top-C-50%": "draft_pool=0.5"}
 COOL = "draft_temperature=0.8 revise_temperature=0.5"
 COOL_GUIDED = f"{COOL} draft_guidance=1.5 revise_guidance=2"
 
@@ -45,10 +45,10 @@ class Table(NamedTuple):
 
 
 TABLES = [
-    Table("Length of the draft, draft only", "", [0], LENGTHS),
-    Table("Length of the draft, after two revisions", "", [2], LENGTHS),
-    Table("Number of revisions, T_draft 8", SHORT, range(6), {"M = {}": ""}),
-    Table("Number of revisions, T_draft 64", LONG, range(6), {"M = {}": ""}),
+    Table("Length of the draft, before and after two revisions", "", [0, 2],
+          {f"T_draft {t}": f"t_draft={t}" for t in (8, 4, 16, 32, 64)}),
+    Table("Number of revisions, T_draft 8", SHORT, range(6), {"T_draft 8": ""}),
+    Table("Number of revisions, T_draft 64", LONG, range(6), {"T_draft 64": ""}),
     Table("Updates of a revision, T_draft 8, M = 2", SHORT, [2], {
         "T_revise 2": "",
         "T_revise 1": "t_revise=1",
@@ -65,10 +65,13 @@ TABLES = [
         "draft 1.8 only": "draft_guidance=1.8 revise_guidance=1",
         "draft up to 1.8, revise 1.8": "draft_guidance=1.8 draft_ramp=true",
         "draft up to 3, revise 3": "draft_guidance=3 revise_guidance=3 draft_ramp=true"}),
-    Table("Which stacks next, T_draft 8, draft only", SHORT, [0], ORDERS | GROWING),
-    Table("Which stacks next, T_draft 8, after two revisions", SHORT, [2], ORDERS | GROWING),
-    Table("Which stacks next, T_draft 64, draft only", LONG, [0], ORDERS),
-    Table("Which stacks next, T_draft 64, after two revisions", LONG, [2], ORDERS),
+    Table("Which stacks next, T_draft 8", SHORT, [0, 2], POOLS),
+    Table("Which stacks next, T_draft 64", LONG, [0, 2], POOLS),
+    Table("Spread and growing sets, T_draft 8", SHORT, [0, 2], {
+        "Random": "",
+        "Sobol": "order=sobol",
+        "growing": "draft_growing=true",
+        "Sobol, growing": "order=sobol draft_growing=true"}),
     Table("Selective revisions and temperatures, T_draft 8, M = 2", SHORT, [2], {
         "paper": "",
         "keep the more likely": "revise_better=true",
@@ -89,7 +92,8 @@ METRICS = ("FID-like", "precision", "recall", "accuracy")
 
 def rows_of(table):
     """(label, way, M) of each row; a way of decoding is what differs from the paper's values."""
-    return [(label.format(m), f"{table.base} {changes}".strip(), m)
+    several = len(table.revisions) > 1
+    return [(label + several * f", M = {m}", f"{table.base} {changes}".strip(), m)
             for m in table.revisions for label, changes in table.rows.items()]
 
 
@@ -107,7 +111,7 @@ def settings_of(way, rounds, positions):
     return strategies.sampling_values(load_config(PRESET), [*way.split(), f"rounds={rounds}"], positions)
 
 
-# === Drawing: OUT/WAY-rounds=M-SEED.npz =====================================================================
+# === Drawing: OUT/WAY_rounds=M-SEED.npz =====================================================================
 def draw_rounds(model, labels, seed, images, c):
     """Codes (1 + M, B, N, D) after the draft and after each revision; labels (B,), images: their indices."""
     noise = drr.draw_noise(seed, images, 1 + c.rounds, model.positions, model.depth)
@@ -193,13 +197,14 @@ def run_metrics(real, held):
 
 
 def markdown(number, table, metrics, gflop):
-    """A table in markdown; bold where a number differs from the first row's by more than APART standard
-    errors of the difference. gflop(way, M): of one image."""
+    """A table in markdown. Bold: a number that differs by more than APART standard errors of the difference
+    from that of the first row with the same M, or, where no two have the same M, of the first row.
+    gflop(way, M): of one image."""
     lines = [f"### {number}. {table.title}", "", f"| | {' | '.join(METRICS)} | GFLOP |", "|---" * 6 + "|"]
     rows = rows_of(table)
-    base, base_leave_one = metrics(*rows[0][1:])
     for label, way, m in rows:
         value, leave_one = metrics(way, m)
+        base, base_leave_one = metrics(rows[0][1], m if len(table.rows) > 1 else rows[0][2])
         error = jackknife(leave_one)
         apart = np.abs(value - base) > APART * jackknife(leave_one - base_leave_one)
         cells = [f"{value[0]:.2f} ± {error[0]:.2f}",
@@ -224,13 +229,15 @@ def plot(path, metrics, gflop, held):
     for label, colour, style, ways, m in (
             ("Random, draft only", "tab:gray", "o--", lengths, 0),
             ("Random, revised", "tab:blue", "o-", lengths, 2),
+            ("Top-C-50%, draft only", "tab:olive", "s--", [f"{t} draft_pool=0.5" for t in (SHORT, LONG)], 0),
             ("Top-C-50%, revised", "tab:orange", "s-", [f"{t} draft_pool=0.5" for t in (SHORT, LONG)], 2),
-            ("Sobol, revised", "tab:green", "^-", [f"{t} order=sobol" for t in (SHORT, LONG)], 2),
+            ("Top-C, draft only", "tab:pink", "v--", [f"{t} draft_pool=0" for t in (SHORT, LONG)], 0),
             ("Top-C, revised", "tab:red", "v-", [f"{t} draft_pool=0" for t in (SHORT, LONG)], 2)):
         points = [(gflop(way, m), *metrics(way, m)) for way in ways if way in held]
-        left.errorbar([x for x, _, _ in points], [value[0] for _, value, _ in points],
-                      [jackknife(leave_one)[0] for _, _, leave_one in points],
-                      fmt=style, color=colour, label=label, capsize=2)
+        if points:
+            left.errorbar([x for x, _, _ in points], [value[0] for _, value, _ in points],
+                          [jackknife(leave_one)[0] for _, _, leave_one in points],
+                          fmt=style, color=colour, label=label, capsize=2)
     left.set(xscale="log", xlabel="GFLOP per image", ylabel="FID-like", title="Quality against computation")
     left.legend()
     for way, colour in ((SHORT, "tab:purple"), (LONG, "tab:blue")):
@@ -329,7 +336,7 @@ def parse_arguments():
     args.tables = args.tables.split(",") if args.tables else every
     if not set(args.tables) <= set(every):
         raise UserError(f"--tables is {','.join(args.tables)}; expected numbers from 1 to {len(TABLES)}, "
-                        "as in 1,7,8.")
+                        "as in 1,6,7.")
     return args
 
 
@@ -348,8 +355,11 @@ def main():
     if min(len(names), reference.count) <= evaluate.NEIGHBOURS:
         raise UserError(f"{args.data}/val has {len(names)} class folders that both the checkpoint and "
                         f"{network.name} know; expected at least 4.")
+    # All that decides what is drawn, the code included: other code may draw other pictures.
+    code = "".join(inspect.getsource(part) for part in (drr, strategies, draw_rounds, see, draw_run))
     evaluate.claim_folder(out, [drr.fingerprint(vae), drr.fingerprint(transformer), names, str(dtype),
-                                args.images, network.name, vars(load_config(PRESET).sample)])
+                                device.type, args.images, network.name, vars(load_config(PRESET).sample),
+                                hashlib.sha256(code.encode()).hexdigest()])
 
     chosen = {int(number): TABLES[int(number) - 1] for number in args.tables}
     ways = runs_of(chosen.values())
@@ -368,7 +378,8 @@ def main():
     text = [f"{network.name}; reference {reference.name}; {len(names)} classes in turn, {args.seeds} seeds "
             f"of {args.images} images; {vae.size}x{vae.size}; {precision_name(dtype)}, {device}; commit "
             f"{evaluate.commit()}; ± standard error (jackknife over seeds, which differ in their classes, "
-            f"too); bold: more than {APART} standard errors of the difference from the first row.\n"]
+            f"too); bold: more than {APART} standard errors of the difference from the first row of the "
+            "same M.\n"]
     text += [markdown(number, table, metrics, gflop) for number, table in chosen.items()]
     with replacing(out / "tables.md") as temporary:
         temporary.write_text("\n".join(text))
