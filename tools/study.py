@@ -212,39 +212,24 @@ def markdown(number, table, metrics, gflop):
 
 
 def plot(path, metrics, gflop, held):
-    """Quality against the computation for an image, and precision against recall as revisions are added, of
-    those ways that are held."""
+    """Quality against the computation for an image, of those ways that are held."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
         raise UserError("The plot needs matplotlib; pip install -r requirements-tools.txt.") from None
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    lengths = [f"t_draft={t}" for t in (4, 8, 16, 32, 64)]
-    for label, colour, style, ways, m in (
-            ("Random, draft only", "tab:gray", "o--", lengths, 0),
-            ("Random, revised", "tab:blue", "o-", lengths, 2),
-            ("Top-C-50%, draft only", "tab:olive", "s--", [f"{t} draft_pool=0.5" for t in (SHORT, LONG)], 0),
-            ("Top-C-50%, revised", "tab:orange", "s-", [f"{t} draft_pool=0.5" for t in (SHORT, LONG)], 2),
-            ("Top-C, draft only", "tab:pink", "v--", [f"{t} draft_pool=0" for t in (SHORT, LONG)], 0),
-            ("Top-C, revised", "tab:red", "v-", [f"{t} draft_pool=0" for t in (SHORT, LONG)], 2)):
-        points = [(gflop(way, m), *metrics(way, m)) for way in ways if way in held]
-        if points:
-            left.errorbar([x for x, _, _ in points], [value[0] for _, value, _ in points],
-                          [jackknife(leave_one)[0] for _, _, leave_one in points],
-                          fmt=style, color=colour, label=label, capsize=2)
-    left.set(xscale="log", xlabel="GFLOP per image", ylabel="FID-like", title="Quality against computation")
-    left.legend()
-    for way, colour in ((SHORT, "tab:purple"), (LONG, "tab:blue")):
-        if way in held:
-            values = np.array([metrics(way, m)[0] for m in range(6)])
-            label = way.replace("t_draft=", "T_draft ")
-            right.plot(values[:, 2], values[:, 1], "o-", color=colour, label=label)
-            for m, (_, precision, recall, _) in enumerate(values):
-                right.annotate(f"M={m}", (recall, precision), (5, 3), textcoords="offset points", fontsize=8)
-    right.set(xlabel="recall", ylabel="precision", title="Revisions: M = 0 to 5")
-    right.legend()
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.subplots()
+    for (label, pool), colour in zip(POOLS.items(), ("tab:blue", "tab:red", "tab:orange")):
+        ways = [f"t_draft={t} {pool}".strip() for t in (4, 8, 16, 32, 64)]
+        for m, style in ((0, "o--"), (2, "o-")):
+            points = [(gflop(way, m), *metrics(way, m)) for way in ways if way in held]
+            if points:
+                axes.errorbar([x for x, _, _ in points], [value[0] for _, value, _ in points],
+                              [jackknife(leave_one)[0] for _, _, leave_one in points],
+                              fmt=style, color=colour, label=f"{label}, M = {m}", capsize=2)
+    axes.set(xscale="log", xlabel="GFLOP per image", ylabel="FID-like", title="Quality against computation")
+    axes.legend()
     with replacing(path) as temporary:
         FigureCanvasAgg(figure).print_figure(temporary, format="png", dpi=110)
 
