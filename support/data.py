@@ -49,25 +49,21 @@ class Files:
 
 
 def files_fingerprint(files, labels=(), classes=()):
-    """A short hash of the images' names and sizes, of the contents of up to 1,024 of them, of labels and
-    classes: the same wherever the data set lies."""
-    def look(start):
-        """Sizes of 1,024 images (of an archive, of all), asked for in threads: a network disk is slow."""
-        part = range(start, min(start + 1024, len(files)))
-        return [os.path.getsize(files[i]) for i in part] if files.table is None else [files.table.data.nbytes]
+    """A short hash of the images' names, sizes and (of up to 1,024) contents, and of labels and classes: the
+    same wherever the data set lies."""
+    def sizes(start):                                        # of an archive's images, their sum
+        some = range(start, min(start + 1024, len(files)))
+        return [os.path.getsize(files[i]) for i in some] if files.table is None else files.table.data.nbytes
 
-    def sample(i):
-        with files[i].open("rb") as f:                       # 64 KiB from the middle
+    def sample(i):                                           # 64 KiB from the middle
+        with files[i].open("rb") as f:
             f.seek(max(0, f.seek(0, os.SEEK_END) // 2 - 2 ** 15))
-            return f.read(2 ** 16)
+            return hashlib.sha256(f.read(2 ** 16)).hexdigest()
 
-    with ThreadPoolExecutor() as pool:
-        sizes = list(pool.map(look, range(0, len(files), 1024)))
-        contents = list(pool.map(sample, range(0, len(files), -(-len(files) // 1024))))
-    digest = hashlib.sha256(json.dumps([sizes, list(classes), np.asarray(labels).tolist()]).encode())
-    for content in (files.names.tobytes(), *contents):
-        digest.update(content)
-    return digest.hexdigest()[:16]
+    with ThreadPoolExecutor() as pool:                       # because a network disk answers slowly
+        content = [list(pool.map(sizes, range(0, len(files), 1024))), list(classes), np.array(labels).tolist(),
+                   list(pool.map(sample, range(0, len(files), -(-len(files) // 1024))))]
+    return hashlib.sha256(json.dumps(content).encode() + files.names.tobytes()).hexdigest()[:16]
 
 
 def split_of(directory, split):
@@ -374,11 +370,7 @@ def encode_views(views, vae, path, state_path, device, dtype):
     part_path = path.with_suffix(".part")
     shape = (1 + views.c.flip, len(views), vae.side ** 2, vae.quantizer.depth)
     rank, world = ranks()
-
-    def barrier():
-        if world > 1:
-            dist.barrier()
-
+    barrier = dist.barrier if world > 1 else lambda: None
     if rank == 0 and not (part_path.exists() and state_path.exists()):
         with replacing(state_path) as temporary:             # first: an old state would vouch for zeros
             allocate(temporary, np.uint8, (len(views.files),))

@@ -36,7 +36,7 @@ class Picture(NamedTuple):
     def open(self, mode="rb"):
         """The picture's bytes as a file; none where the row has no picture."""
         found = [column[0]["bytes"].as_py() for column in self.table[self.row].columns if column[0].is_valid]
-        return io.BytesIO(found[0] if found and found[0] else b"")
+        return io.BytesIO(found[0] or b"" if found else b"")
 
 
 def open_archives(archives, class_names):
@@ -56,24 +56,24 @@ def open_archives(archives, class_names):
     if pictures.max() > 1:
         raise UserError(f"{root}: {keys[pictures.argmax()]} has two pictures ({', '.join(fields)}); give each a "
                         "key or a row of its own.")
-    of_class = [f for f in kinds if f in ("cls", "label") or isinstance(kinds[f], datasets.ClassLabel)]
-    values = table[of_class[0]][:] if of_class else len(table) * [None]
+    known = (f for f in kinds if f in ("cls", "label") or isinstance(kinds[f], datasets.ClassLabel))
+    of_class = next(known, None)
+    values = table[of_class][:] if of_class else len(table) * [None]
     if "json" in kinds and None in values:
         values = [document.get("label") if isinstance(document, dict) else value
                   for value, document in zip(values, table["json"][:])]
-    labels = np.array([v if isinstance(v, int) and 0 <= v < 2 ** 20 else -1 for v in values], np.int64)
-    labels[pictures == 0] = labels.max()                     # these are skipped, as damaged pictures are
     table = table.select_columns(fields).with_format("arrow")
-    if labels.max() < 0:
-        return table, names, 0 * labels, [""]
-    classes = getattr(kinds[of_class[0]], "names", None) if of_class else None
-    classes = classes or class_names or [str(i) for i in range(labels.max() + 1)]
+    if not any(values[row] is not None for row in np.flatnonzero(pictures)):
+        return table, names, np.zeros(len(table), np.int64), [""]
+    classes = getattr(kinds.get(of_class), "names", None) or class_names
+    last = len(classes or range(2 ** 20)) - 1
+    labels = np.array([v if isinstance(v, int) and 0 <= v <= last else -1 for v in values], np.int64)
+    labels[pictures == 0] = labels.max()                     # these are skipped, as damaged pictures are
     if labels.min() < 0:
-        raise UserError(f"{root} names no class from 0 to 1,048,575 for {names[labels.argmin()]}; {EXPECTED}.")
-    if labels.max() >= len(classes):
-        raise UserError(f"{root} names class {labels.max()}, but classes.tsv has {len(classes)} lines, for 0 to "
-                        f"{len(classes) - 1}; add the others.")
-    return table, names, labels, classes
+        row = labels.argmin()
+        raise UserError(f"{root} has the class {values[row]} for {names[row]}; expected a whole number from 0 to "
+                        f"{last}; {EXPECTED}.")
+    return table, names, labels, classes or [str(i) for i in range(labels.max() + 1)]
 
 
 def read(archives):
