@@ -34,14 +34,13 @@ class Picture(NamedTuple):
         return f"{self.parent}: {self.name}"
 
     def open(self, mode="rb"):
-        """The picture's bytes as a file; none where the row has no picture."""
-        found = [column[0]["bytes"].as_py() for column in self.table[self.row].columns if column[0].is_valid]
-        return io.BytesIO(found[0] or b"" if found else b"")
+        [content] = [column[0]["bytes"] for column in self.table[self.row].columns if column[0].is_valid]
+        return io.BytesIO(content.as_py() or b"")
 
 
 def open_archives(archives, class_names):
     """Of tar or Parquet files: a table of pictures; their names; their labels (R,); and the class names, [""]
-    where none has a class. Raises UserError for damaged ones, and where a row has two pictures or no class."""
+    where none has a class. Raises UserError for damaged ones, and where a row has not one picture or no class."""
     table, root = read(archives), archives[0].parent
     kinds = table.features
     fields = [f for f, kind in kinds.items() if table.data.column(f).null_count < len(table) and
@@ -53,9 +52,8 @@ def open_archives(archives, class_names):
     keys = table["__key__"][:] if "__key__" in kinds else [f"row {i}" for i in range(len(table))]
     names = [os.path.basename(path or key) for path, key in zip(paths.to_pylist(), keys)]
     pictures = sum(column.is_valid().to_numpy().astype(int) for column in columns)         # (R,)
-    if pictures.max() > 1:
-        raise UserError(f"{root}: {keys[pictures.argmax()]} has two pictures ({', '.join(fields)}); give each a "
-                        "key or a row of its own.")
+    for row in np.flatnonzero(pictures != 1)[:1]:
+        raise UserError(f"{root}: {keys[row]} has {pictures[row]} pictures and not one; {EXPECTED}.")
     known = (f for f in kinds if f in ("cls", "label") or isinstance(kinds[f], datasets.ClassLabel))
     of_class = next(known, None)
     values = table[of_class][:] if of_class else len(table) * [None]
@@ -63,12 +61,11 @@ def open_archives(archives, class_names):
         values = [document.get("label") if isinstance(document, dict) else value
                   for value, document in zip(values, table["json"][:])]
     table = table.select_columns(fields).with_format("arrow")
-    if not any(values[row] is not None for row in np.flatnonzero(pictures)):
+    if all(value is None for value in values):
         return table, names, np.zeros(len(table), np.int64), [""]
     classes = getattr(kinds.get(of_class), "names", None) or class_names
     last = len(classes or range(2 ** 20)) - 1
     labels = np.array([v if isinstance(v, int) and 0 <= v <= last else -1 for v in values], np.int64)
-    labels[pictures == 0] = labels.max()                     # these are skipped, as damaged pictures are
     if labels.min() < 0:
         row = labels.argmin()
         raise UserError(f"{root} has the class {values[row]} for {names[row]}; expected a whole number from 0 to "
