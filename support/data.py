@@ -47,23 +47,28 @@ class Files:
         from support.shards import Picture
         return Picture(self.root, name, self.table, int(i))
 
+    @functools.cached_property
+    def content(self):
+        """A short hash of the names, sizes and (of up to 1,024 images) contents: the same wherever they lie."""
+        def sizes(start):                                    # of an archive's images, their sum
+            some = range(start, min(start + 1024, len(self)))
+            return [os.path.getsize(self[i]) for i in some] if self.table is None else self.table.data.nbytes
 
-def files_fingerprint(files, labels=(), classes=()):
-    """A short hash of the images' names, sizes and (of up to 1,024) contents, and of labels and classes: the
-    same wherever the data set lies."""
-    def sizes(start):                                        # of an archive's images, their sum
-        some = range(start, min(start + 1024, len(files)))
-        return [os.path.getsize(files[i]) for i in some] if files.table is None else files.table.data.nbytes
+        def sample(i):                                       # 64 KiB from the middle
+            with self[i].open("rb") as f:
+                f.seek(max(0, f.seek(0, os.SEEK_END) // 2 - 2 ** 15))
+                return hashlib.sha256(f.read(2 ** 16)).hexdigest()
 
-    def sample(i):                                           # 64 KiB from the middle
-        with files[i].open("rb") as f:
-            f.seek(max(0, f.seek(0, os.SEEK_END) // 2 - 2 ** 15))
-            return hashlib.sha256(f.read(2 ** 16)).hexdigest()
+        with ThreadPoolExecutor() as pool:                   # because a network disk answers slowly
+            found = [*pool.map(sizes, range(0, len(self), 1024)),
+                     *pool.map(sample, range(0, len(self), -(-len(self) // 1024)))]
+        return hashlib.sha256(json.dumps(found).encode() + self.names.tobytes()).hexdigest()[:16]
 
-    with ThreadPoolExecutor() as pool:                       # because a network disk answers slowly
-        content = [list(pool.map(sizes, range(0, len(files), 1024))), list(classes), np.array(labels).tolist(),
-                   list(pool.map(sample, range(0, len(files), -(-len(files) // 1024))))]
-    return hashlib.sha256(json.dumps(content).encode() + files.names.tobytes()).hexdigest()[:16]
+
+def files_fingerprint(files, labels, classes):
+    """A short hash of the images, their labels and the classes' names."""
+    text = json.dumps([files.content, labels.tolist(), classes])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def split_of(directory, split):
@@ -87,11 +92,11 @@ def find_images(directory, split="train", out=None):
     unused = []
     names = list(pictures(root, "", unused, SPLITS if root == Path(directory) else ()))
     if archives and names:
-        raise UserError(f"{root} holds both {archives[0].name} and images ({names[0]}); leave one kind only.")
+        raise UserError(f"{root} holds both {archives[0].name} and images ({names[0]}); leave one kind.")
     inside = {"", *(name.rpartition("/")[0] for name in names)}
     if out and os.path.realpath(out) in {os.path.realpath(root / folder) for folder in inside}:
-        raise UserError(f"--out {out} holds images of --data; choose another folder, so that no training sees "
-                        "the pictures that it draws itself.")
+        raise UserError(f"--out {out} holds images of --data; choose another folder, or the training "
+                        "would see the pictures that it draws itself.")
     if archives:
         from support.shards import open_archives
         table, names, labels, classes = open_archives(archives, [wnid for wnid, _ in class_table(directory)])
@@ -108,8 +113,8 @@ def find_images(directory, split="train", out=None):
         if len(classes) > 1 and classes[0] == "":
             raise UserError(f"{root / names[0]} lies beside the class folders; move it into one or away.")
     if ranks()[0] == 0:
-        listed = f" ({', '.join(classes)})" if 1 < len(classes) <= 8 else ""
-        print(f"{root}: {len(names)} images of {len(classes)} classes{listed}", file=sys.stderr)
+        shown = len(classes) if len(classes) > 8 else ", ".join(classes) or "none"
+        print(f"{root}: {len(names)} images; classes: {shown}", file=sys.stderr)
     return Files(root, names, table), labels, classes
 
 
@@ -139,7 +144,8 @@ def class_table(directory):
     if not path.exists():
         return []
     try:
-        rows = csv.DictReader(path.read_text("utf-8-sig").splitlines(), delimiter="\t", quoting=csv.QUOTE_NONE)
+        lines = path.read_text("utf-8-sig").splitlines()
+        rows = csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
         table = [(row["wnid"], row["name"]) for row in rows]
     except (UnicodeDecodeError, KeyError):
         table = []
@@ -194,14 +200,14 @@ class Views(torch.utils.data.Dataset):
         self.set_probabilities()
 
     def set_probabilities(self):
-        """Sets `cdf` (M,): the probability of drawing each view or one before it; `alike`: they all have one."""
+        """Sets `cdf` (M,), the probability of drawing each view or one before it, and `alike`."""
         # P(class) ~ class_weight * n_c^(1 - balance), shared equally by the views of the class.
         classes = len(self.class_weight)
         files = np.bincount(self.labels[self.crop_of == 0], minlength=classes)           # n_c
         views = np.bincount(self.labels, minlength=classes)
         weight = (self.class_weight * files ** (1.0 - self.c.balance) / np.maximum(views, 1))[self.labels]
         self.cdf = np.cumsum(weight / weight.sum())
-        self.alike = bool((weight == weight[:1]).all())
+        self.alike = bool((weight == weight[:1]).all())      # all views are equally probable
 
     def select(self, chosen):
         """Drops all views but those marked in `chosen` (M,) bool; `files` stays as it is."""
@@ -267,7 +273,7 @@ class Views(torch.utils.data.Dataset):
         """Which views make up the batch of a step (B,), and which of them are mirrored (B,)."""
         rng = np.random.default_rng([self.c.seed, step])
         uniforms = rng.random((2, self.batch_size))
-        if self.alike:                                       # in epochs, each of which has an order of its own
+        if self.alike:                                       # in epochs, each with an order of its own
             epoch, place = np.divmod(step * self.batch_size + np.arange(self.batch_size), len(self))
             orders = [epoch_order(self.c.seed, e, len(self))[place[epoch == e]] for e in np.unique(epoch)]
             views = np.concatenate(orders)
@@ -329,8 +335,8 @@ def validation_images(directory, size, count, classes):
         raise UserError(f"{directory}/val, with {', '.join(names[:3])}, holds no readable image of the "
                         f"training's classes ({', '.join(classes[:3])}, ...); repair it or move it away.")
     if len(known) < len(files) or damaged:
-        print(f"{directory}/val: left out {len(files) - len(known)} images of classes that the training lacks "
-              f"and {damaged} that cannot be read")
+        print(f"{directory}/val: left out {len(files) - len(known)} images of classes that the training "
+              f"lacks and {damaged} that cannot be read")
     images, labels = zip(*found)
     return torch.stack(images), torch.tensor(labels)
 
@@ -344,8 +350,7 @@ def cached_codes(views, vae, directory, device, dtype):
     in a file named by a hash of RQ-VAE, precision and views. Drops unreadable files from `views`. All ranks
     call this together and share the work in a `directory` that all of them see; after an interruption it goes
     on where it stopped, with any number of ranks. UserError for a damaged cache."""
-    content = [code_fingerprint(vae), str(dtype), views.size, views.c.seed, views.c.flip,
-               files_fingerprint(views.files)]
+    content = [code_fingerprint(vae), str(dtype), views.size, views.c.seed, views.c.flip, views.files.content]
     digest = hashlib.sha256(json.dumps(content).encode() + views.file_of.tobytes() + views.crop_of.tobytes())
     path = Path(directory) / f"codes-{digest.hexdigest()[:16]}.npy"
     state_path = path.with_name(f"{path.stem}-files.npy")

@@ -1,5 +1,5 @@
-"""Tar shards in WebDataset's format, and Parquet files, read by Hugging Face's `datasets`. It copies them once
-into its cache (~/.cache/huggingface, or where HF_HOME says), from which it reads any picture at any time."""
+"""Tar shards in WebDataset's format, and Parquet files, read by Hugging Face's `datasets`: it copies them
+once into its cache (~/.cache/huggingface, or HF_HOME), from where any picture can be had at any time."""
 import io
 import os
 import tarfile
@@ -19,8 +19,8 @@ except ImportError:
     raise UserError("Tar and Parquet files need `datasets`: pip install -r requirements-data.txt.") from None
 
 KINDS = "jpg jpeg png webp JPG JPEG PNG WEBP".split()        # of pictures in a tar
-EXPECTED = ("expected in a tar KEY.jpg (.jpeg, .png, .webp; no dot in KEY) and after it KEY.cls, the number of "
-            "its class, or KEY.json with a \"label\"; in Parquet files one column of images and a ClassLabel")
+EXPECTED = ("expected in a tar KEY.jpg (.jpeg, .png, .webp; no dot in KEY) and after it KEY.cls, the number "
+            'of its class, or KEY.json with a "label"; in Parquet files a column of images and a ClassLabel')
 
 
 class Picture(NamedTuple):
@@ -40,7 +40,7 @@ class Picture(NamedTuple):
 
 def open_archives(archives, class_names):
     """Of tar or Parquet files: a table of pictures; their names; their labels (R,); and the class names, [""]
-    where none has a class. Raises UserError for damaged ones, and where a row has not one picture or no class."""
+    where none has a class. Raises UserError for damaged ones, and for a row without one picture or class."""
     table, root = read(archives), archives[0].parent
     kinds = table.features
     fields = [f for f, kind in kinds.items() if table.data.column(f).null_count < len(table) and
@@ -68,8 +68,8 @@ def open_archives(archives, class_names):
     labels = np.array([v if isinstance(v, int) and 0 <= v <= last else -1 for v in values], np.int64)
     if labels.min() < 0:
         row = labels.argmin()
-        raise UserError(f"{root} has the class {values[row]} for {names[row]}; expected a whole number from 0 to "
-                        f"{last}; {EXPECTED}.")
+        raise UserError(f"{root} has the class {values[row]} for {names[row]}; expected a whole number from "
+                        f"0 to {last}; {EXPECTED}.")
     return table, names, labels, classes or [str(i) for i in range(labels.max() + 1)]
 
 
@@ -79,10 +79,10 @@ def read(archives):
     if ranks()[0] > 0:
         datasets.disable_progress_bars()
     kind, features = "parquet", None
-    if archives[0].suffix != ".parquet":                     # what it infers from five samples need not fit all
-        kind = "webdataset"
-        features = datasets.Features({**dict.fromkeys(KINDS, datasets.Image()), "cls": datasets.Value("int64"),
-                                      "json": datasets.Json(), "__key__": datasets.Value("string")})
+    if not archives[0].name.lower().endswith(".parquet"):
+        kind = "webdataset"                                  # which would infer these from five samples only
+        features = datasets.Features({**dict.fromkeys(KINDS, datasets.Image()), "json": datasets.Json(),
+                                      "cls": datasets.Value("int64"), "__key__": datasets.Value("string")})
     paths = [str(path.resolve()) for path in archives]
     try:
         builder = datasets.load_dataset_builder(kind, data_files={"train": paths}, features=features)
@@ -100,7 +100,7 @@ def read(archives):
 
 
 def check(path):
-    """Raises TarError for a damaged tar; in a header's place, `datasets` would take the damage for the end."""
+    """Raises TarError for a damaged tar: `datasets` would take a damaged header for the end."""
     try:
         with tarfile.open(path) as tar:
             tar.getmembers()

@@ -104,7 +104,8 @@ def test_hidden_folders_are_left_out_links_are_followed_and_what_is_not_used_is_
     assert [path.name for path in files] == ["1.jfif", "2.png"]
     assert labels.tolist() == [0, 1] and classes == ["a", "b"]
     said = capsys.readouterr().err
-    assert "3 files or folders" in said and all(n in said for n in ("e.jpg.1", "gone.png", "nothing", "(a, b)"))
+    assert "3 files or folders" in said
+    assert all(name in said for name in ("e.jpg.1", "gone.png", "nothing", "classes: a, b"))
 
 
 @pytest.mark.parametrize("name", ["vae.csv", "transformer_state_000000002.pt", "vae.safetensors"])
@@ -159,15 +160,14 @@ SPOILT[SPOILT.index(b"1.cls\0") + 150] ^= 255                # the checksum is a
     ({"train/0.tar": tar(GOOD), "classes.tsv": b"wnid\tname\nn1\tx\n"}, "class 1 for 1.png; .* from 0 to 0"),
     ({"train/0.tar": tar({**GOOD, "2.jpg": PNG, "2.png": PNG})}, "2 has 2 pictures and not one"),
     ({"train/0.tar": tar({**GOOD, "dot 3.0.png": PNG, "dot 3.1.png": PNG})}, "dot 3 has 0 .*no dot in KEY"),
-    ({"train/0.tar": tar(GOOD), "train/1.parquet": PNG}, "1 archives is damaged|of another form"),
+    ({"train/0.tar": tar(GOOD), "train/1.parquet": PNG}, "another form .*1.parquet: "),
     *[({"train/0.tar": tar(GOOD), "classes.tsv": text}, "not a table of classes.*wnid") for text in (
         b"a\tb\nn01\tx\n", b"", b"wnid\tname\nn01\n", b"wnid\tname\nn01\tcaf\xe9\n")],        # Latin-1
     *[({"train/0.tar": content}, "damaged or of another form .*0.tar: ") for content in (
         tar(GOOD)[:600], bytes(SPOILT), b"", b"no tar" * 500)],
     ({"train/0.tar": tar({"0.png": PNG, "0.cls": b"n01440764"})}, "of another form .*n01440764.*KEY.cls"),
-    *[({"train/0.tar": tar({**GOOD, "2.png": PNG, **label})}, "has the class .* for 2.png; expected") for label in (
-        {}, {"2.cls": b"-1"}, {"2.cls": b"1000000000"}, {"2.json": b'{"x": 1}'}, {"2.json": b"[]"},
-        {"2.json": b'{"label": 3.7}'})]])
+    *[({"train/0.tar": tar({**GOOD, "2.png": PNG, **label})}, "has the class .* for 2.png") for label in (
+        {}, {"2.cls": b"-1"}, {"2.cls": b"1000000000"}, {"2.json": b"[]"}, {"2.json": b'{"label": 3.7}'})]])
 def test_what_cannot_be_found_is_said_in_a_sentence(tmp_path, files, message):
     with pytest.raises(drr.UserError, match=message):
         data.find_images(lay_out(tmp_path, files))
@@ -198,12 +198,15 @@ def packed(tmp_path):
     return lay_out(tmp_path / "shards", {"classes.tsv": table.encode(), **content})
 
 
-@pytest.mark.parametrize("in_memory", [True, False])
-def test_shards_deliver_the_same_images_as_the_folder_they_were_packed_from(packed, in_memory):
+def test_folders_and_shards_memory_and_worker_processes_give_the_same_batches(packed):
     assert data.find_images(packed)[2] == data.find_images(PHOTOS)[2]
-    expected, found = (make_views(place, views=2, balance=0.5, load=in_memory) for place in (PHOTOS, packed))
-    for batch, other in zip(expected.batches(0, 4), found.batches(0, 4), strict=True):
-        assert_same(batch, other)
+    settings = dict(views=2, class_views=10, balance=0.5)
+    expected = list(make_views(load=True, **settings).batches(3, 7))
+    assert expected[0][0].shape == (8, 3, 16, 16) and expected[0][0].dtype == torch.uint8
+    for place, load in ((PHOTOS, False), (packed, True), (packed, False)):
+        found = make_views(place, load=load, **settings).batches(3, 7)
+        for batch, other in zip(expected, found, strict=True):
+            assert_same(batch, other)
 
 
 def test_classes_of_shards_are_numbers_where_no_table_names_them_and_need_not_be(packed, tmp_path):
@@ -212,7 +215,8 @@ def test_classes_of_shards_are_numbers_where_no_table_names_them_and_need_not_be
     assert classes == [str(i) for i in range(labels.max() + 1)]
     content = {"0.jpg": PNG, "0.json": b'{"caption": null}', "1.PNG": PNG, "1.json": b'{"caption": "x"}'}
     files, labels, classes = data.find_images(lay_out(tmp_path, {"0.tar": tar(content), "._0.tar": b"Mac"}))
-    assert [file.name for file in files] == ["0.jpg", "1.PNG"] and labels.tolist() == [0, 0] and classes == [""]
+    assert [file.name for file in files] == ["0.jpg", "1.PNG"] and classes == [""]
+    assert labels.tolist() == [0, 0]
 
 
 @pytest.mark.parametrize("name, split", [("train/0.parquet", "train"), ("0.parquet", "train"), (
@@ -241,7 +245,7 @@ def test_a_shard_that_has_changed_is_read_again(packed):
     lay_out(packed, {"train/000001.tar": tar({"new.png": PNG, "new.cls": b"2"})})
     changed = data.find_images(packed)[0]
     assert "new.png" in [file.name for file in changed]
-    assert data.files_fingerprint(changed) != data.files_fingerprint(first)
+    assert changed.content != first.content
 
 
 # === Cropping ===============================================================================================
@@ -263,19 +267,12 @@ def test_other_views_lie_within_the_picture_and_are_the_same_every_time(width, h
     assert len(set(boxes)) == 99
     assert boxes == [common.crop_box(width, height, view, 7) for view in range(1, 100)]
     assert boxes[0] != common.crop_box(width, height, 1, 8)
-    # Uniform in 0.6 .. 1: the mean of 99 is within 6 standard deviations (false alarm 2e-9 for a fresh seed).
-    mean = np.mean([side for _, _, side in boxes])
-    assert abs(mean / short - 0.8) < 6 * 0.4 / 12 ** 0.5 / 99 ** 0.5
 
 
 def test_crops_differ_between_files_and_are_the_same_in_every_run(tmp_path):
     seeds = [data.file_seed(tmp_path / name, seed) for name in ("a.png", "b.png") for seed in (0, 1)]
     assert len(set(seeds)) == 4
     assert data.file_seed(tmp_path / "elsewhere" / "a.png", 0) == seeds[0]
-
-
-def test_pixels_become_numbers_from_minus_one_to_one():
-    assert common.to_float(torch.tensor([0, 255], dtype=torch.uint8), "cpu").tolist() == [-1, 1]
 
 
 # === Formats ================================================================================================
@@ -325,15 +322,6 @@ def test_what_is_no_picture_or_of_unknown_brightness_is_the_users_mistake(tmp_pa
 
 
 # === Batches ================================================================================================
-def test_memory_and_worker_processes_give_the_same_batches():
-    settings = dict(views=2, class_views=10, balance=0.5)
-    memory, workers = (make_views(load=load, **settings) for load in (True, False))
-    for batch, other in zip(memory.batches(3, 7), workers.batches(3, 7), strict=True):
-        images, labels, bad = batch
-        assert images.shape == (8, 3, 16, 16) and images.dtype == torch.uint8 and bad == 0
-        assert_same(batch, other)
-
-
 def test_a_batch_depends_on_seed_and_step_alone():
     views, other = make_views(load=True), make_views(load=True, seed=1)
     whole = [images for images, _, _ in views.batches(0, 6)]
@@ -366,12 +354,6 @@ def parts_of(views, step):
     images, labels, bad = zip(*parts)
     assert [len(part) for part in images] == [3, 1, 4]
     return torch.cat(images), torch.cat(labels), sum(bad)
-
-
-@pytest.mark.parametrize("load", [True, False])
-def test_several_processes_deliver_together_the_batch_of_one(load):
-    views = make_views(load=load, views=2)
-    assert_same(parts_of(views, 3), views[3])
 
 
 def counted(per_class, **changes):
@@ -588,7 +570,7 @@ def test_broken_files_are_dropped_from_the_cache_and_from_the_views(partly_broke
 def test_whether_a_cache_exists_is_asked_of_rank_0(tmp_path, vae, monkeypatch, encoded):
     monkeypatch.setattr(data, "ranks", lambda: (1, 2))
     monkeypatch.setattr(data.dist, "broadcast_object_list", lambda answer: answer.__setitem__(0, True))
-    with pytest.raises(drr.UserError, match="damaged .*No such file"):        # which rank 0 sees, this one not
+    with pytest.raises(drr.UserError, match="damaged .*No such file"):         # rank 0 sees one
         cached(make_views(size=32), vae, tmp_path)
     assert not encoded
 
