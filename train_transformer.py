@@ -101,7 +101,7 @@ def optimizers(transformer, c):
 def cached_batch(views, cache, step, device):
     """Labels (B',) and codes (B', N, D) of a step, from the cache (1 or 2, M, N, D)."""
     index, flips = (drawn[views.rows] for drawn in views.draw(step))
-    codes = cache[flips.astype(int), views.stored[index]].astype(np.int64)
+    codes = cache[flips.astype(int), index].astype(np.int64)
     return torch.from_numpy(views.labels[index]), torch.from_numpy(codes).to(device)
 
 

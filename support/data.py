@@ -196,7 +196,6 @@ class Views(torch.utils.data.Dataset):
         self.labels = np.repeat(labels, per_file)
         first = np.cumsum(per_file) - per_file               # (F,) the first view of each file
         self.crop_of = (np.arange(len(self.file_of)) - first[self.file_of]).astype(np.int32)
-        self.stored = np.arange(len(self.file_of))           # (M,) which row of a cache holds its codes
         self.set_probabilities()
 
     def set_probabilities(self):
@@ -214,7 +213,6 @@ class Views(torch.utils.data.Dataset):
         self.file_of = self.file_of[chosen]
         self.labels = self.labels[chosen]
         self.crop_of = self.crop_of[chosen]
-        self.stored = self.stored[chosen]
         self.set_probabilities()
 
     def __len__(self):
@@ -367,7 +365,7 @@ def cached_codes(views, vae, directory, device, dtype):
     good = state[views.file_of] == ENCODED
     views.report(np.flatnonzero(~good & (views.crop_of == 0)))
     views.select(good)
-    return codes
+    return codes if good.all() else codes[:, good]           # in memory then: 1 GB for a million images
 
 
 def encode_views(views, vae, path, state_path, device, dtype):
