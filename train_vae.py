@@ -226,14 +226,15 @@ def main():
         distance = perceptual_distance(c.perceptual, device)
 
     # --- data -----------------------------------------------------------------------------------------------
-    files, labels, classes = data.find_images(args.data, index=out / "shards")
+    files, labels, classes = data.find_images(args.data, out=out)
     views = data.Views(files, labels, classes, size, c.batch_size, config.data)
-    settings = runs.settings_of(config, ("vae", "data"), str(dtype), data.files_fingerprint(files))
+    content = data.files_fingerprint(files, labels, classes)
+    settings = runs.settings_of(config, ("vae", "data"), str(dtype), content)
     if given:
         settings["the codes of --decoder-only"] = given
     if config.data.in_memory:
         views.load(device)
-    val, _ = data.validation_images(args.data, size, 512, classes, out / "shards")
+    val, _ = data.validation_images(args.data, size, 512, classes)
     if val is None:
         val = views[0][0]
         print(f"{args.data} has no val: val_psnr is that of {len(val)} pictures of the training")
