@@ -7,7 +7,6 @@
     python sample.py --reconstruct IN.png                            # what the RQ-VAE keeps, by depth
 """
 import math
-import os
 import time
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
@@ -128,7 +127,7 @@ def check_writable(path, suffix=".png"):
         raise UserError(f"{path} cannot be written; expected the name of a file that ends in {suffix}.")
     path.parent.mkdir(parents=True, exist_ok=True)
     # The very name, unless there is something: it may be too long, or one that this disk does not allow.
-    tried = path.with_name(".writing") if os.path.lexists(path) else path
+    tried = path.with_name(".writing") if path.exists() or path.is_symlink() else path
     tried.touch()
     tried.unlink()
 

@@ -349,22 +349,6 @@ def open_image(path, background="white"):
         raise UserError(f"{path} cannot be read as an image ({error}).") from None
 
 
-# Metadata decide nothing but the orientation: no odd ones are warned of, and comments may be long.
-warnings.filterwarnings("ignore", module=r"PIL\.")
-PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
-# EXIF's orientation: what turns a picture upright
-TURNS = {2: Image.FLIP_LEFT_RIGHT, 3: Image.ROTATE_180, 4: Image.FLIP_TOP_BOTTOM, 5: Image.TRANSPOSE,
-         6: Image.ROTATE_270, 7: Image.TRANSVERSE, 8: Image.ROTATE_90}
-
-
-def upright(picture):
-    """A PIL picture, turned as its orientation tag says; as it is where that is missing or unreadable."""
-    # ImageOps.exif_transpose also writes all other tags anew, and fails on some that nobody needs.
-    with contextlib.suppress(Exception):
-        return picture.transpose(TURNS[picture.getexif()[0x112]])
-    return picture
-
-
 def crop_box(width, height, view, seed):
     """The square (left, top, side) of a view: 0 is central, the others random, 0.6 to 1 times as wide."""
     short = min(width, height)
@@ -392,6 +376,22 @@ def resize_mask(mask, size):
         raise UserError("Nothing is left to repaint: the region is empty (a mask repaints from 128 of 255 on) "
                         "or outside the central square of the picture, which is all that the model sees.")
     return torch.from_numpy(result)
+
+
+# Metadata decide nothing but the orientation: no odd ones are warned of, and comments may be long.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
+# EXIF's orientation: what turns a picture upright
+TURNS = {2: Image.FLIP_LEFT_RIGHT, 3: Image.ROTATE_180, 4: Image.FLIP_TOP_BOTTOM, 5: Image.TRANSPOSE,
+         6: Image.ROTATE_270, 7: Image.TRANSVERSE, 8: Image.ROTATE_90}
+
+
+def upright(picture):
+    """A PIL picture, turned as its orientation tag says; as it is where that is missing or unreadable."""
+    # ImageOps.exif_transpose also writes all other tags anew, and fails on some that nobody needs.
+    with contextlib.suppress(Exception):
+        return picture.transpose(TURNS[picture.getexif()[0x112]])
+    return picture
 
 
 def to_float(images, device):
