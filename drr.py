@@ -655,7 +655,7 @@ def replacing(path):
     """Gives a temporary path beside `path` to write to, which takes its place only once it is complete. The
     body should do nothing else: raises UserError when the disk is full or the folder cannot be written to."""
     path = Path(path)
-    temporary = path.with_name(f".writing-{os.urandom(4).hex()}")  # short, however long a name `path` has
+    temporary = path.with_name(f".writing-{os.urandom(4).hex()}.part")     # short; torch.save wants a suffix
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
