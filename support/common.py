@@ -373,7 +373,7 @@ def resize_mask(mask, size):
     # An average is above 0 where any pixel is hidden. Where the picture is enlarged, it is the nearest pixel.
     result = np.array(Image.fromarray(mask.astype(np.float32)).resize((size, size), Image.BOX, box)) > 0
     if not result.any():
-        raise UserError("Nothing is left to repaint: the region is empty (a mask repaints from 128 of 255 on) "
+        raise UserError("Nothing is left to repaint: the region is empty (masks repaint from 128 of 255 on) "
                         "or outside the central square of the picture, which is all that the model sees.")
     return torch.from_numpy(result)
 
