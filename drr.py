@@ -20,7 +20,6 @@ import hashlib
 import json
 import math
 import os
-import uuid
 from collections import OrderedDict
 from pathlib import Path
 from types import SimpleNamespace
@@ -526,9 +525,9 @@ def partition(order, T):
 def probabilities(logits, sampling):
     """logits (P, K) -> probabilities (P, K); those that are cut off are 0, the others need not sum to 1."""
     logits = logits.float() / sampling.temperature
-    if sampling.top_k:
-        kth = logits.topk(min(sampling.top_k, logits.shape[-1])).values[:, -1:]    # (P, 1)
-        logits = logits.masked_fill(logits < kth, -math.inf)
+    if sampling.top_k:                                             # so many, even if the next are as likely
+        kept = logits.topk(min(sampling.top_k, logits.shape[-1]))                  # (P, top_k)
+        logits = torch.full_like(logits, -math.inf).scatter(-1, kept.indices, kept.values)
     p = logits.softmax(-1)
     if sampling.top_p < 1:
         ranked, index = p.sort(descending=True, stable=True)
@@ -630,16 +629,20 @@ class TorchModel:
         self.transformer = transformer.to(device, dtype).eval()
         self.size, self.side = vae.size, vae.side
         self.null, self.positions, self.depth = transformer.null, transformer.positions, transformer.depth
-        self.context = torch.inference_mode()(transformer.context)
-        self.depth_step = torch.inference_mode()(transformer.depth_step)
-        self.encode = torch.inference_mode()(vae.encode)
+        methods = transformer.context, transformer.depth_step, vae.encode
+        self.context, self.depth_step, self.encode = map(torch.inference_mode(), methods)
 
     @torch.inference_mode()
     def decode(self, codes):
-        # One image is decoded twice: alone, its convolutions may add up in another order than in a batch.
-        batch = codes.repeat(2, 1, 1) if len(codes) == 1 else codes
+        # On a CPU one image is decoded twice: alone, its convolutions may add up in another order.
+        batch = codes.repeat(2, 1, 1) if len(codes) == 1 and codes.device.type == "cpu" else codes
         with torch.autocast(codes.device.type, torch.float16, enabled=self.half):
-            return self.vae.decode(batch)[:len(codes)].float()
+            images = self.vae.decode(batch)[:len(codes)].float()
+        if not self.half or images.isfinite().all():
+            return images
+        self.half = False                                          # activations beyond 65504
+        print("float16 is too small for this decoder: from here on it runs in float32")
+        return self.decode(codes)
 
 
 # === Checkpoints: safetensors that carry their configuration ================================================
@@ -652,7 +655,7 @@ def replacing(path):
     """Gives a temporary path beside `path` to write to, which takes its place only once it is complete. The
     body should do nothing else: raises UserError when the disk is full or the folder cannot be written to."""
     path = Path(path)
-    temporary = path.with_name(f".writing-{uuid.uuid4().hex[:8]}-{path.name}")
+    temporary = path.with_name(f".writing-{os.urandom(4).hex()}.part")     # short; torch.save wants a suffix
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary

@@ -84,17 +84,6 @@ class DepthStep(nn.Module):
         return t.classifier(t.ln(v)).float(), torch.stack(new).view(-1, 2, P, t.heads, t.head_dim)
 
 
-class Float32Norm(nn.Module):
-    """A normalization that computes in float32 whatever comes in."""
-
-    def __init__(self, norm):
-        super().__init__()
-        self.norm = norm.float()
-
-    def forward(self, x):
-        return self.norm(x.float()).to(x.dtype)
-
-
 class FlatLinear(nn.Linear):
     """A linear layer as a product of two matrices, to which ONNX Runtime adds the bias in the same pass."""
 
@@ -103,18 +92,13 @@ class FlatLinear(nn.Linear):
 
 
 def make_modules(vae, transformer, dtype):
-    """Yields each graph's name and module. The transformer is a copy in `dtype`, its normalizations in
-    float32, the spatial blocks' linear layers FlatLinear; in float32 the copy shares the weights."""
-    lowered = dtype != torch.float32
-    shared = () if lowered else (*transformer.parameters(), *transformer.buffers())
+    """Yields each graph's name and module. The transformer is a copy in `dtype`, the spatial blocks' linear
+    layers FlatLinear; in float32 the copy shares the weights."""
+    shared = () if dtype != torch.float32 else (*transformer.parameters(), *transformer.buffers())
     transformer = copy.deepcopy(transformer, {id(tensor): tensor for tensor in shared}).to(dtype)
     for module in transformer.spatial.modules():
         if isinstance(module, nn.Linear):
             module.__class__ = FlatLinear
-    for module in list(transformer.modules()):
-        for name, child in module.named_children():
-            if lowered and isinstance(child, nn.LayerNorm):
-                setattr(module, name, Float32Norm(child))
     yield "spatial", Part(transformer.context).eval()
     yield "depth", DepthStep(transformer).eval()
     yield "decoder", Part(vae.decode).eval()
@@ -325,23 +309,20 @@ def current_export(vae, transformer, info, directory, precision, max_batch):
 def build_engines(directory, manifest, folder, level):
     """Builds the engines that `folder` lacks, one per part, each for its `backends.engine_key`."""
     trt = backends.import_tensorrt()
-    folder.mkdir(parents=True, exist_ok=True)
     for name in tqdm(backends.PARTS, desc="building engines", unit="engine"):
         part = manifest["parts"][name]
         key = backends.engine_key(trt, manifest, name, level)
-        path = backends.plan_path(folder, name, key)
-        if backends.trusted_plan(path, key) is not None:
-            tqdm.write(f"{name}: {path} is up to date")
+        if backends.find_plan(folder, name, key) is not None:
+            tqdm.write(f"{name}: its engine in {folder} is up to date")
             continue
-        plan = build_engine(trt, directory / part["file"], name, part, level, folder / "timing.cache")
+        plan = build_engine(trt, directory / part["file"], name, part, level)
+        path = folder / backends.plan_name(name, key, plan)
         with drr.replacing(path) as temporary:
             temporary.write_bytes(plan)
-        with drr.replacing(path.with_suffix(".json")) as temporary:   # last: without it no plan is loaded
-            temporary.write_text(json.dumps({**key, "plan": hashlib.sha256(plan).hexdigest()}))
         tqdm.write(f"{name}: built {path}, {len(plan) / 2 ** 20:.0f} MiB")
 
 
-def build_engine(trt, onnx_file, name, part, level, timing_cache):
+def build_engine(trt, onnx_file, name, part, level):
     """The bytes of a strongly typed engine: each layer has the precision that the ONNX graph says."""
     logger = trt.Logger(trt.Logger.WARNING)
     builder = trt.Builder(logger)
@@ -354,9 +335,6 @@ def build_engine(trt, onnx_file, name, part, level, timing_cache):
     config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, 4 << 30)
     config.builder_optimization_level = level
     config.clear_flag(trt.BuilderFlag.TF32)                       # on by default; float32 shall be float32
-    cache = config.create_timing_cache(timing_cache.read_bytes() if timing_cache.exists() else b"")
-    if cache is None or not config.set_timing_cache(cache, ignore_mismatch=False):   # another TensorRT or GPU
-        config.set_timing_cache(config.create_timing_cache(b""), ignore_mismatch=False)
     for ranges in backends.profiles(name, part):
         profile = builder.create_optimization_profile()
         for input_name, shape, _ in part["inputs"]:
@@ -367,9 +345,6 @@ def build_engine(trt, onnx_file, name, part, level, timing_cache):
     plan = builder.build_serialized_network(network, config)
     if plan is None:
         raise UserError(f"TensorRT {trt.__version__} could not build an engine of {onnx_file}; see above.")
-    timings = config.get_timing_cache()
-    with drr.replacing(timing_cache) as temporary:
-        temporary.write_bytes(bytes(timings.serialize()))
     return bytes(plan)
 
 

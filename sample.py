@@ -69,28 +69,20 @@ def parse_arguments():
 # === From the command line to a model, a mask and the files to write =======================================
 def load_model(args, device, dtype):
     """The model (drr.TorchModel, or an exported one in its place), the checkpoint's info, and the device."""
-    folder = BUNDLED if args.checkpoint is None else args.checkpoint
     if args.backend == "torch":
         if "exported" in args.given:
             raise UserError("--exported is for --backend onnx or trt; name one, or leave it out.")
-        vae, transformer, info = drr.load_checkpoint(folder)
+        vae, transformer, info = drr.load_checkpoint(BUNDLED if args.checkpoint is None else args.checkpoint)
         return drr.TorchModel(vae, transformer, device, dtype), info, device
     from support import backends
-    if args.compile or args.device == "mps":
-        raise UserError(f"--backend {args.backend} takes neither --compile nor --device mps; leave them out.")
-    if device.type == "mps":
-        device = torch.device("cpu")
-    model, info = backends.load(args.backend, args.exported, device)
-    backends.leave_cores_free(device)
-    if args.checkpoint:                                      # beside --exported: it must be what was exported
-        vae, transformer, _ = drr.load_checkpoint(folder)
-        if model.checkpoint != {"vae": drr.fingerprint(vae), "transformer": drr.fingerprint(transformer)}:
-            raise UserError(f"{args.exported} was exported from another checkpoint than {folder}; leave "
-                            f"--checkpoint out, or run python export.py --checkpoint {folder}.")
+    if args.checkpoint or args.compile or args.device == "mps":
+        raise UserError(f"--backend {args.backend} takes its weights from {args.exported}, and neither "
+                        "--checkpoint nor --compile nor --device mps; leave them out.")
+    model, info = backends.load(args.backend, args.exported, torch.device(device.type.replace("mps", "cpu")))
     if args.precision not in ("auto", model.precision):
         raise UserError(f"{args.exported} was exported in {model.precision}; leave --precision out, or "
                         f"export with --precision {args.precision}.")
-    return model, info, device
+    return model, info, model.device
 
 
 def repaint_mask(args, picture):
@@ -134,10 +126,10 @@ def check_writable(path, suffix=".png"):
     if path.suffix.lower() != suffix or path.is_dir():
         raise UserError(f"{path} cannot be written; expected the name of a file that ends in {suffix}.")
     path.parent.mkdir(parents=True, exist_ok=True)
-    known = path.exists()
-    path.open("ab").close()                                  # the very name, which may be too long
-    if not known:
-        path.unlink(missing_ok=True)
+    # The very name, unless there is something: it may be too long, or one that this disk does not allow.
+    tried = path.with_name(".writing") if path.exists() or path.is_symlink() else path
+    tried.touch()
+    tried.unlink()
 
 
 # === Pictures: noise -> codes -> pixels =====================================================================

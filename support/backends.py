@@ -24,20 +24,21 @@ MANIFEST_VERSION = 3
 ONNX_TYPES = {"float32": 1, "int64": 7, "bool": 9, "float16": 10, "bfloat16": 16}
 
 
-# === The manifest: DIR -> what the parts are, every byte checked ============================================
+# === The manifest: DIR -> what the parts are, every byte checked against damage =============================
 def sha256(path):
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-def digest(manifest):
-    """SHA-256 over all of a manifest but the digest itself."""
-    rest = {key: value for key, value in manifest.items() if key != "digest"}
+def digest(values):
+    """SHA-256 over a dictionary, but for what it says is its digest."""
+    rest = {key: value for key, value in values.items() if key != "digest"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def read_manifest(directory):
-    """manifest.json of a folder, as a dictionary; UserError unless all of it has the recorded hashes."""
+    """manifest.json of a folder, as a dictionary; UserError unless all of it has the recorded hashes. They
+    find damage and mistakes, not forgery: who writes files can write their hashes, too."""
     path = Path(directory) / "manifest.json"
     if not path.exists():
         raise UserError(f"{directory} holds no exported model; run python export.py --out {directory}.")
@@ -68,6 +69,9 @@ def load(backend, directory, device, engines=None):
     manifest = read_manifest(directory)
     if backend == "onnx":
         parts = {name: OnnxSession(directory, manifest["parts"][name], device) for name in PARTS}
+        if device.type == "cpu":
+            # Torch's threads spin while they wait, on cores that the sessions need, which have as many now.
+            torch.set_num_threads(1)
     else:
         trt = import_tensorrt()
         if device.type != "cuda":
@@ -81,13 +85,6 @@ def load(backend, directory, device, engines=None):
     return ExportedModel(parts, manifest, device), info
 
 
-def leave_cores_free(device):
-    """Leaves torch one thread beside ONNX Runtime on a CPU: torch's spin while they wait, on cores that the
-    sessions need. Call it after `load`, which gives the sessions as many threads as torch has."""
-    if device.type == "cpu":
-        torch.set_num_threads(1)
-
-
 # === The model: what TorchModel does, by the exported parts =================================================
 class ExportedModel:
     """What drr.TorchModel's docstring lists. parts: {name: callable from tensors to a list of tensors}."""
@@ -95,9 +92,7 @@ class ExportedModel:
     def __init__(self, parts, manifest, device):
         self.parts, self.device = parts, device
         vars(self).update(manifest["model"])                 # size, side, positions, depth, null, ...
-        self.precision = manifest["precision"]
-        self.max_batch = manifest["max_batch"]
-        self.checkpoint = manifest["checkpoint"]
+        self.precision, self.max_batch = manifest["precision"], manifest["max_batch"]
         self.steps = [torch.tensor([d], device=device) for d in range(self.depth)]
 
     def padded(self, name, *tensors):
@@ -245,30 +240,26 @@ def engine_key(trt, manifest, name, level):
             "compute_capability": list(torch.cuda.get_device_capability())}
 
 
-def plan_path(folder, name, key):
-    short = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-    return Path(folder) / f"{name}-{short}.plan"
+def plan_name(name, key, plan):
+    """An engine's file: its part, a hash of what it was built for, and one of its bytes."""
+    return f"{name}-{digest(key)[:16]}-{hashlib.sha256(plan).hexdigest()[:16]}.plan"
 
 
-def trusted_plan(path, key):
-    """The bytes of a plan, or None if it is missing or not what was built for `key`, by its record. A plan is
-    executable code: no other one is ever loaded."""
-    try:
-        plan, record = path.read_bytes(), json.loads(path.with_suffix(".json").read_text())
-    except (OSError, ValueError):
-        return None
-    return plan if record == {**key, "plan": hashlib.sha256(plan).hexdigest()} else None
+def find_plan(folder, name, key):
+    """The bytes of the undamaged engine that was built for `key`, or None. A plan is a program, and its name
+    is no signature: what lies in the folder is run."""
+    for path in Path(folder).glob(f"{name}-{digest(key)[:16]}-*.plan"):
+        plan = path.read_bytes()
+        if path.name == plan_name(name, key, plan):
+            return plan
+    return None
 
 
 def read_plan(trt, folder, manifest, name):
     """The bytes of a part's engine for this machine, of the highest level built; UserError without one."""
     for level in range(5, -1, -1):
-        key = engine_key(trt, manifest, name, level)
-        path = plan_path(folder, name, key)
-        if path.exists():
-            plan = trusted_plan(path, key)
-            if plan is None:
-                raise UserError(f"{path} is not the engine of its record; run python export.py --trt again.")
+        plan = find_plan(folder, name, engine_key(trt, manifest, name, level))
+        if plan is not None:
             return plan
     raise UserError(f"{folder} has no engine of the {name} part for this export, TensorRT {trt.__version__} "
                     f"and this {torch.cuda.get_device_name()}; run python export.py --trt on this machine.")
@@ -277,7 +268,7 @@ def read_plan(trt, folder, manifest, name):
 class TensorRTEngine:
     """One part as a TensorRT engine. What it returns stays valid until the next call with the same shapes,
     which have buffers, execution context and CUDA graph of their own: a captured graph is undefined once its
-    context has been given other shapes."""
+    context has been given other shapes. Their scratch memory they share, since no two ever run at once."""
 
     def __init__(self, trt, plan, name, part, device):
         self.trt, self.name, self.part, self.device = trt, name, part, device
@@ -285,6 +276,7 @@ class TensorRTEngine:
         self.engine = self.runtime.deserialize_cuda_engine(plan)
         self.require(self.engine is not None, "load its engine")
         self.tensors = {self.engine.get_tensor_name(i) for i in range(self.engine.num_io_tensors)}
+        self.scratch = {}                                    # profile: memory for the largest of its shapes
         self.prepared = {}                                   # what the inputs are -> what `prepare` returns
 
     def require(self, succeeded, task):
@@ -321,12 +313,13 @@ class TensorRTEngine:
             for x, (name, _, _) in zip(static_inputs + outputs, self.part["inputs"] + self.part["outputs"]):
                 if name in self.tensors:
                     self.require(context.set_tensor_address(name, x.data_ptr()), f"take {name}'s address")
-            size = max(1, context.update_device_memory_size_for_shapes())      # less than the largest shapes'
-            scratch = torch.empty(size, dtype=torch.uint8, device=self.device)
-            context.set_device_memory(scratch.data_ptr(), scratch.numel())
+            if profile not in self.scratch:
+                size = self.engine.get_device_memory_size_for_profile_v2(profile)
+                self.scratch[profile] = torch.empty(size, dtype=torch.uint8, device=self.device)
+            context.set_device_memory(self.scratch[profile].data_ptr(), self.scratch[profile].numel())
             self.require(context.execute_async_v3(stream.cuda_stream), "run")  # once before the capture
         stream.synchronize()
         cuda_graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(cuda_graph, stream=stream):
             self.require(context.execute_async_v3(stream.cuda_stream), "run while it was captured")
-        return cuda_graph, static_inputs, outputs, (context, scratch)
+        return cuda_graph, static_inputs, outputs, context

@@ -6,9 +6,8 @@ import errno
 import math
 import os
 import re
-import statistics
 import sys
-import time
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,7 +15,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import yaml
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, PngImagePlugin, UnidentifiedImageError
+from torch.utils.benchmark import Timer
 
 from drr import UserError, ranks, replacing
 
@@ -69,7 +69,7 @@ def load_config(preset, overrides=(), sections=None):
             raise UserError(f"{text!r} is not an override; write section.key=value, for example vae.lr=1e-4.")
         if sections and section in document["base"] and section not in sections:
             raise UserError(f"{text!r} has no effect where {', '.join(sections)} are read; leave it out.")
-        values[name] = value if isinstance(base.get(name), str) else parse_value(text, value)
+        values[name] = parse_value(text, value)
     for name in values:
         if name not in base:
             nearest = difflib.get_close_matches(name, base, 1, cutoff=0)[0]
@@ -114,11 +114,10 @@ def sampling_values(info, overrides, positions):
 
 
 def parse_value(text, value):
-    """What YAML reads in `value`, the right side of the override `text`."""
+    """What stands in `value`, the right side of the override `text`, as strings: `check_value` converts."""
     try:
-        result = yaml.safe_load(value)
-        return int(value) if type(result) is int else result           # YAML's 010 is 8, and its 1:30 is 90
-    except (yaml.YAMLError, ValueError):
+        return yaml.load(value, yaml.BaseLoader)             # to others 010 is 8, and 1:30 is 90
+    except yaml.YAMLError:
         raise UserError(f"{text!r} has no plain value; write a number, a word or a list [1, 2].") from None
 
 
@@ -309,14 +308,8 @@ def matrix_rate(device, dtype, seconds=2.0, n=None):
     """Operations per second of n x n matrix products (8192 on a GPU, else 2048), the median of `seconds`."""
     n = n or (8192 if device.type == "cuda" else 2048)
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    times, stop = [], time.perf_counter() + seconds
-    while len(times) < 3 or time.perf_counter() < stop:
-        synchronize(device)
-        start = time.perf_counter()
-        a @ b
-        synchronize(device)
-        times.append(time.perf_counter() - start)
-    return 2 * n ** 3 / statistics.median(times)
+    timer = Timer("a @ b", globals={"a": a, "b": b}, num_threads=torch.get_num_threads())
+    return 2 * n ** 3 / timer.blocked_autorange(min_run_time=seconds).median
 
 
 def synchronize(device):
@@ -344,8 +337,8 @@ def open_image(path, background="white"):
     try:
         with path.open("rb") as file, Image.open(file) as picture:
             if picture.width * picture.height > Image.MAX_IMAGE_PIXELS:
-                raise ValueError(f"{picture.width} x {picture.height} pixels are too many")
-            picture = ImageOps.exif_transpose(picture)
+                raise Image.DecompressionBombError           # Pillow's own begins at twice as many
+            picture = upright(picture)
             if picture.mode.startswith("I;16"):              # 16-bit grey: Pillow would clip it at 255
                 picture = Image.fromarray((np.asarray(picture) // 257).astype(np.uint8))
             if picture.mode in ("I", "F"):
@@ -356,6 +349,8 @@ def open_image(path, background="white"):
             return picture.convert("RGB")
     except FileNotFoundError:
         raise UserError(f"The picture {path} does not exist.") from None
+    except Image.DecompressionBombError:
+        raise UserError(f"{path} has more than {Image.MAX_IMAGE_PIXELS:,} pixels; make it smaller.") from None
     except UnidentifiedImageError:
         raise UserError(f"{path} is not an image, or its first bytes are damaged.") from None
     except Exception as error:                               # Pillow raises almost anything for a damaged one
@@ -383,22 +378,30 @@ def crop(picture, size, view=0, seed=0):
 
 def resize_mask(mask, size):
     """mask (H, W) bool of a picture -> (size, size) bool, of what `crop` makes of the picture."""
-    height, width = mask.shape
-    left, top, side = crop_box(width, height, 0, 0)
-    if side < size:                                          # the picture is enlarged, and its mask with it
-        x, y = math.floor(left), math.floor(top)
-        square = Image.fromarray(mask).crop((x, y, x + side, y + side))
-        result = np.array(square.resize((size, size), Image.NEAREST))
-    else:                                                    # a hidden pixel hides the one that it falls into
-        corners = np.argwhere(mask) - (top, left)            # (P, 2): row and column in the square
-        seen = corners[((corners > -1) & (corners < side)).all(1)]
-        rows, columns = (seen * size / side).clip(0).astype(int).T
-        result = np.zeros((size, size), bool)
-        result[rows, columns] = True
+    left, top, side = crop_box(*mask.shape[::-1], 0, 0)
+    box = left, top, left + side, top + side
+    # An average is above 0 where any pixel is hidden. Where the picture is enlarged, it is the nearest pixel.
+    result = np.array(Image.fromarray(mask.astype(np.float32)).resize((size, size), Image.BOX, box)) > 0
     if not result.any():
-        raise UserError("Nothing is left to repaint: the region is empty or outside the central square of "
-                        "the picture, which is all that the model sees.")
+        raise UserError("Nothing is left to repaint: the region is empty (masks repaint from 128 of 255 on) "
+                        "or outside the central square of the picture, which is all that the model sees.")
     return torch.from_numpy(result)
+
+
+# Metadata decide nothing but the orientation: no odd ones are warned of, and comments may be long.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
+# EXIF's orientation: what turns a picture upright
+TURNS = {2: Image.FLIP_LEFT_RIGHT, 3: Image.ROTATE_180, 4: Image.FLIP_TOP_BOTTOM, 5: Image.TRANSPOSE,
+         6: Image.ROTATE_270, 7: Image.TRANSVERSE, 8: Image.ROTATE_90}
+
+
+def upright(picture):
+    """A PIL picture, turned as its orientation tag says; as it is where that is missing or unreadable."""
+    # ImageOps.exif_transpose also writes all other tags anew, and fails on some that nobody needs.
+    with contextlib.suppress(Exception):
+        return picture.transpose(TURNS[picture.getexif()[0x112]])
+    return picture
 
 
 def to_float(images, device):

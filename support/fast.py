@@ -19,60 +19,20 @@ def compiled_update(model, compiled=True, graphs=None):
     graphs: whether updates are captured as CUDA graphs, too; None: on a GPU.
     """
     transformer = model.transformer
-    run = drr.update
     cuda = next(transformer.parameters()).is_cuda
-    if compiled:
-        # Weights become constants, packed as the CPU's products want them, once for each shape. Both are set
-        # for the whole process: the tracer reads them before torch.compile's options. torch allows 8 shapes.
-        torch._inductor.config.freezing = not cuda
-        torch._dynamo.config.recompile_limit = 64
-        run = torch.compile(run, fullgraph=True, dynamic=False)
-    if graphs or (graphs is None and cuda):
-        run = Graphs(run)
+    graphs = cuda if graphs is None else graphs
+    # Weights become constants, packed as the CPU's products want them, once for each shape. Both are set for
+    # the whole process: the tracer reads them before torch.compile's options. torch allows 8 shapes.
+    torch._inductor.config.freezing = compiled and not cuda
+    torch._dynamo.config.recompile_limit = 64
+    how = {"mode": "reduce-overhead" if graphs else None} if compiled else {"backend": "cudagraphs"}
+    run = torch.compile(drr.update, fullgraph=True, dynamic=False, **how)
 
     def update(_, state, positions, uniforms, cond, sampling):
         # What differs from update to update would be compiled anew each time: phase, round, strides.
         alike = drr.State("", 0, state.codes.contiguous(), state.hidden.contiguous(), state.log_p)
+        torch.compiler.cudagraph_mark_step_begin()           # what the last replay returned has been copied
         new = run(transformer, alike, positions.contiguous(), uniforms, cond, sampling)
-        return new._replace(phase=state.phase, round=state.round)
+        # The next replay writes to the same tensors.
+        return drr.State(state.phase, state.round, *(x.clone() if graphs else x for x in new[2:]))
     return update
-
-
-class Graphs:
-    """`update` with buffers and a CUDA graph for each shape and Sampling. Returns new tensors each time."""
-
-    def __init__(self, update):
-        self.update = update
-        self.captured = {}
-        # One pool for all: a replay may overwrite what another left there, as results are copied at once.
-        self.pool = torch.cuda.graph_pool_handle() if torch.cuda.is_available() else None
-
-    def __call__(self, model, state, positions, uniforms, cond, sampling):
-        inputs = state.codes, state.hidden, state.log_p, positions, uniforms, cond
-        key = (sampling, *(x.shape for x in inputs))
-        if key not in self.captured:
-            buffers = [x.clone(memory_format=torch.contiguous_format) for x in inputs]
-
-            def work():
-                codes, hidden, log_p, *others = buffers
-                return self.update(model, drr.State("", 0, codes, hidden, log_p), *others, sampling)
-            self.captured[key] = buffers, *capture(work, self.pool)
-        buffers, replay, output = self.captured[key]
-        for buffer, x in zip(buffers, inputs):
-            buffer.copy_(x)
-        replay()
-        return drr.State("", 0, output.codes.clone(), output.hidden.clone(), output.log_p.clone())
-
-
-def capture(work, pool):
-    """(replay, output): replay() does what work() does, on the same tensors, and writes to `output`."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):                         # compiles, and lets the libraries take their workspaces
-            work()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
-        output = work()
-    return graph.replay, output

@@ -19,7 +19,7 @@ def perceptual_distance(kind, device):
         return lpips.LPIPS(net="vgg", verbose=False).to(device).eval().requires_grad_(False)
     except Exception as error:       # not installed, torchvision broken, weights out of reach: no difference
         reason = (str(error).splitlines() or [""])[0]
-        packages = {"lpips": "lpips torchvision", "efficientnet": "-r requirements-tools.txt"}[kind]
+        packages = {"lpips": "-r requirements-paper.txt", "efficientnet": "-r requirements-tools.txt"}[kind]
         raise UserError(f"The perceptual loss {kind} needs packages and weights that are not here "
                         f"({type(error).__name__}: {reason}); pip install {packages}, or switch it off with "
                         "vae.perceptual_weight=0.") from None

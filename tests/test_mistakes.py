@@ -17,6 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import drr
+import sample
 from support import common
 
 PHOTOS = TESTS / "photos"
@@ -153,6 +154,7 @@ MISTAKES = [
     (f"{REPAINT} --mask", "31 x 32", ["small_mask.png"]),
     (f"{REPAINT} --mask", "repaint", ["black_mask.png"]),
     (f"{REPAINT} --mask", "missing.png", ["missing.png"]),
+    (f"{REPAINT} --mask", "128 of 255", ["black_mask.png"]),
     (REPAINT, "--region", ["", "--region 0,0,8,8 --mask small_mask.png"]),
     (DRAW, "--image", ["--region 0,0,8,8", "--paste"]),
     (f"{DRAW} --region 0,0,8,8", "text.png", ["--image text.png"]),
@@ -257,7 +259,41 @@ def test_the_shell_sees_the_same(tmp_path, command, word):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_picture_of_too_many_pixels_is_refused_without_warnings(tmp_path):
+    Image.new("1", (10_500, 9_000)).save(tmp_path / "big.png")
+    done = execute("sample.py", "--reconstruct", "big.png", cwd=tmp_path)
+    assert_refused(done.returncode, done.stderr, "make it smaller")
+    assert len(done.stderr.splitlines()) == 1
+
+
 # === What is no mistake of the user's =======================================================================
+@pytest.mark.parametrize("length", [238, 255])
+def test_a_file_may_have_any_name_that_the_system_allows(tmp_path, length):
+    path = tmp_path / ("a" * (length - 4) + ".png")
+    with drr.replacing(path) as temporary:
+        torch.save("whole", temporary)                       # not any name will do for it
+    assert torch.load(path) == "whole" and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_trying_an_output_leaves_no_trace(tmp_path, there):
+    path = tmp_path / "x.png"
+    if there:
+        path.write_text("an earlier picture")
+    sample.check_writable(path)
+    assert [p.read_text() for p in tmp_path.iterdir()] == ["an earlier picture"] * there
+
+
+def test_the_very_name_of_an_output_is_tried(tmp_path, monkeypatch):
+    def touch(path):
+        if path.name == "x.png":
+            raise OSError(22, "Invalid argument")            # as some disks say of some names
+
+    monkeypatch.setattr(sample.Path, "touch", touch)
+    with pytest.raises(OSError, match="Invalid"):
+        sample.check_writable(tmp_path / "x.png")
+
+
 def fill_the_memory():
     torch.empty(2 ** 60, dtype=torch.uint8)                  # torch says so with a RuntimeError
 

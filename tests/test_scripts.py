@@ -1,12 +1,13 @@
 """Real runs of the real scripts: train both stages on a few photographs, and draw pictures."""
 import csv
 import shutil
+import struct
 
 import numpy as np
 import pytest
 import torch
 from conftest import TESTS
-from PIL import Image
+from PIL import Image, ImageOps, PngImagePlugin
 from processes import run
 from safetensors.torch import load_file
 
@@ -225,9 +226,9 @@ def test_a_mask_hides_every_pixel_of_the_model_that_it_touches(size, box, expect
 
 
 def test_a_mask_of_a_picture_whose_square_begins_at_half_a_pixel():
-    """7 x 4 pixels: the square begins at 1.5, so half of pixel 1 is seen, in the model's first column."""
+    """7 x 4 pixels: the square begins at 1.5, so the model's columns are pixels 2 and 3, and 4 and 5."""
     mask = np.zeros((4, 7), bool)
-    mask[0, 1] = mask[3, 5] = True
+    mask[0, 2] = mask[3, 5] = True
     assert common.resize_mask(mask, 2).tolist() == [[True, False], [False, True]]
     with pytest.raises(drr.UserError, match="Nothing is left to repaint"):
         common.resize_mask(np.eye(4, 7, -3, dtype=bool), 2)  # pixel 0 of the last row
@@ -243,6 +244,40 @@ def test_reconstruct_shows_the_picture_and_its_decode_from_every_depth(trained, 
     full = common.to_pixels(vae.decode(vae.encode(x)))[0]
     last = np.array(Image.fromarray(full).resize((256, 256), Image.BICUBIC)).astype(int)
     assert np.abs(shown[:, -256:] - last).max() <= 2
+
+
+# === Pictures that come in ==================================================================================
+ORIENTATION = (0x112, 3, 6)                                  # a turn by 90 degrees
+
+
+@pytest.mark.parametrize("tags, size", [
+    ([ORIENTATION], (40, 48)),
+    ([ORIENTATION, (0x11a, 10, 38)], (40, 48)),              # a resolution of -1/0, which Pillow cannot write
+    ([ORIENTATION, (0x132, 5, 38)], (40, 48)),               # a fraction as a date
+    ([(0x112, 2, ord("6"))], (48, 40)),                      # letters as an orientation
+    ([(0x112, 3, 77)], (48, 40)),
+    ([], (48, 40))])
+def test_nothing_but_the_orientation_matters_in_the_metadata_of_a_photo(tmp_path, tags, size):
+    entries = b"".join(struct.pack("<HHII", number, kind, 1, value) for number, kind, value in tags)
+    exif = struct.pack("<IH", 8, len(tags)) + entries + bytes(4) + struct.pack("<ii", -1, 0)
+    Image.new("RGB", (48, 40)).save(tmp_path / "photo.jpg", exif=b"Exif\0\0II*\0" + exif)
+    assert common.open_image(tmp_path / "photo.jpg").size == size
+
+
+def test_each_orientation_turns_a_picture_as_pillow_does(tmp_path):
+    for orientation in range(1, 9):
+        exif = Image.Exif()
+        exif[0x112] = orientation
+        Image.effect_noise((5, 4), 50).convert("RGB").save(tmp_path / "x.png", exif=exif)
+        ours, theirs = common.open_image(tmp_path / "x.png"), Image.open(tmp_path / "x.png")
+        assert np.array_equal(ours, ImageOps.exif_transpose(theirs)), orientation
+
+
+def test_a_long_comment_in_a_picture_is_no_damage(tmp_path):
+    comment = PngImagePlugin.PngInfo()
+    comment.add_text("Comment", "x" * 2_000_000, zip=True)
+    Image.new("RGB", (4, 4)).save(tmp_path / "x.png", pnginfo=comment)
+    assert common.open_image(tmp_path / "x.png").size == (4, 4)
 
 
 # === Classes by name ========================================================================================

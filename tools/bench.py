@@ -120,7 +120,6 @@ def decode_worker(connection, args, mode, precision, device, exported):
         length = transformer.cond_length
     else:
         model, info = backends.load(mode, exported, device)
-        backends.leave_cores_free(device)
         length = model.cond_length
     own, update = device_use(device) - before, drr.update
     if mode in ("compiled", "graphs", "compiled+graphs"):
