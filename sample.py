@@ -75,10 +75,14 @@ def load_model(args, device, dtype):
         vae, transformer, info = drr.load_checkpoint(BUNDLED if args.checkpoint is None else args.checkpoint)
         return drr.TorchModel(vae, transformer, device, dtype), info, device
     from support import backends
-    if args.checkpoint or args.compile or args.device == "mps":
-        raise UserError(f"--backend {args.backend} takes its weights from {args.exported}, and neither "
-                        "--checkpoint nor --compile nor --device mps; leave them out.")
+    if args.compile or args.device == "mps":
+        raise UserError(f"--backend {args.backend} takes neither --compile nor --device mps; leave them out.")
     model, info = backends.load(args.backend, args.exported, torch.device(device.type.replace("mps", "cpu")))
+    if args.checkpoint:                                      # it must be what was exported
+        vae, transformer, _ = drr.load_checkpoint(args.checkpoint)
+        if model.checkpoint != {"vae": drr.fingerprint(vae), "transformer": drr.fingerprint(transformer)}:
+            raise UserError(f"{args.exported} was exported from another checkpoint than {args.checkpoint}; "
+                            f"leave --checkpoint out, or run python export.py --checkpoint {args.checkpoint}.")
     if args.precision not in ("auto", model.precision):
         raise UserError(f"{args.exported} was exported in {model.precision}; leave --precision out, or "
                         f"export with --precision {args.precision}.")

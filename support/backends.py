@@ -93,6 +93,7 @@ class ExportedModel:
         self.parts, self.device = parts, device
         vars(self).update(manifest["model"])                 # size, side, positions, depth, null, ...
         self.precision, self.max_batch = manifest["precision"], manifest["max_batch"]
+        self.checkpoint = manifest["checkpoint"]             # fingerprints of what was exported
         self.steps = [torch.tensor([d], device=device) for d in range(self.depth)]
 
     def padded(self, name, *tensors):

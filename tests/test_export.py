@@ -248,7 +248,8 @@ def refused(done, *words):
 
 def test_mistakes_with_exported_models_are_one_sentence(draw, tmp_path):
     refused(draw("--backend", "onnx", source=("--exported", tmp_path / "nothing")), "export.py")
-    refused(draw("--backend", "onnx", "--checkpoint", "other"), "--checkpoint")
+    other = make_checkpoint(tmp_path / "other", 4, seed=3)
+    refused(draw("--backend", "onnx", "--checkpoint", other), "another checkpoint")
     refused(draw("--backend", "onnx", "--precision", "bf16"), "fp32")
     assert not (tmp_path / "p.png").exists()
 
