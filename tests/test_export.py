@@ -27,7 +27,8 @@ CLASSES = ["n01", "n02", "n03"]
 def make_checkpoint(folder, depth=4, seed=0):
     """Random weights, large enough that every input matters; 8x8 positions."""
     torch.manual_seed(seed)
-    vae_c, transformer_c = vae_section(depth=depth), transformer_section(d_model=64, head_dim=32)
+    vae_c = vae_section(depth=depth, resolution=16, ch_mult=[1, 2])
+    transformer_c = transformer_section(d_model=64, head_dim=32)
     vae = drr.RQVAE(vae_c).eval()
     vae.quantizer.codebook.mul_(0.5)
     transformer = drr.ContextualRQTransformer(transformer_c, len(CLASSES), 64, depth, vae.quantizer.codebook)
