@@ -1,10 +1,11 @@
 """tools/bench.py and tools/machine.py: operations as torch counts them, a row for every mode and stage."""
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import sample_section, tiny_transformer
+from conftest import sample_section, tiny_transformer, torch_model
 from processes import execute
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -13,15 +14,6 @@ from tools import machine, strategies
 
 N = 16
 CPU = torch.device("cpu")
-
-
-class Model:
-    """The decoding loop's side of a TorchModel, without an RQ-VAE."""
-
-    def __init__(self, transformer):
-        self.transformer, self.null = transformer, transformer.null
-        self.positions, self.depth = transformer.positions, transformer.depth
-        self.context, self.depth_step = transformer.context, transformer.depth_step
 
 
 @pytest.mark.parametrize("depth, settings", [
@@ -33,18 +25,22 @@ def test_counts_the_operations_that_torch_counts(depth, settings):
     transformer, c = tiny_transformer(N, depth, n_spatial=3), sample_section(**settings)
     noise = drr.draw_noise(0, range(2), 1 + c.rounds, N, depth)
     with FlopCounterMode(display=False, custom_mapping=machine.CPU_ATTENTION) as counter:
-        list(strategies.decode(Model(transformer), torch.tensor([[0], [1]]), noise, c))
+        list(strategies.decode(torch_model(transformer), torch.tensor([[0], [1]]), noise, c))
     assert counter.get_total_flops() == 2 * machine.decode_flops(transformer, c)
 
 
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux has more than one peak")
 def test_peak_memory_is_that_since_the_reset():
+    """The bounds are half of what is held, as the process may take or give back memory of its own."""
+    machine.reset_peak(CPU)
     before = machine.peak_memory(CPU)
     held = np.ones(200 * 2 ** 20, np.uint8)
     peak = machine.peak_memory(CPU)
-    assert peak >= before and peak > held.nbytes
+    assert peak > before + held.nbytes / 2
+    size = held.nbytes
     del held
     machine.reset_peak(CPU)
-    assert machine.peak_memory(CPU) < peak - 150 * 2 ** 20
+    assert machine.peak_memory(CPU) < peak - size / 2
 
 
 def table(text):
@@ -67,7 +63,9 @@ def test_bench_times_every_mode_of_torch(tmp_path):
     assert [(row["mode"], row["precision"], row["T_draft"]) for row in rows] == modes
     for row in rows:
         seconds, flops = number(row["s per image"]), number(row["GFLOP per image"])
-        assert number(row["GFLOP/s"]) == pytest.approx(flops / seconds, rel=0.1, abs=0.5)
+        least = (flops - 0.006) / (seconds + 0.00006) - 0.6          # all three numbers are rounded
+        most = (flops + 0.006) / max(seconds - 0.00006, 1e-9) + 0.6
+        assert least <= number(row["GFLOP/s"]) <= most and flops > 0.01
         assert number(row["peak MiB"]) > 100 and number(row["first decode, s"]) > 0
         parts = row["spatial, depth, sampling, decoder"]
         if row["mode"] == "plain":
@@ -81,17 +79,5 @@ def test_bench_times_training_steps(tmp_path):
     assert done.returncode == 0, done.stderr
     rows = table(done.stdout)
     assert [row["stage"] for row in rows] == ["vae", "transformer"]
-    assert all(number(row["images/s"]) > 0 and number(row["share of the products"]) > 0 for row in rows)
-    assert all(number(row["peak MiB"]) > 100 for row in rows)
-
-
-@pytest.mark.parametrize("arguments, word", [
-    (["--mode", "warp"], "warp"), (["--mode", "eager:fp8"], "eager:fp8"), (["--t-draft", 65], "64"),
-    (["--batch", 0], "--batch"), (["--preset", "imagnet"], "imagnet"),
-    (["--preset", "smoke", "--train", "smoke"], "exclude"), (["t_darft=3"], "t_draft"),
-    (["t_draft=3"], "--t-draft"), (["--train", "smoke", "--batch", 2], "--batch"),
-    (["--repeat", 0], "--repeat"), (["--batch", "x"], "whole"),
-    (["--mode", "plain", "order=sobol"], "plain")])
-def test_mistakes_are_one_sentence(arguments, word, tmp_path):
-    done = execute("tools.bench", *arguments, cwd=tmp_path)
-    assert done.returncode == 2 and "Traceback" not in done.stderr and word in done.stderr.splitlines()[-1]
+    assert all(number(row["images/s"]) > 0 and number(row["peak MiB"]) > 100 for row in rows)
+    assert all(0 <= number(row["share of the products"]) < 200 for row in rows)

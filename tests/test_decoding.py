@@ -14,11 +14,12 @@ N, D = 16, 4
 
 def decode(model, cond, seed=0, images=None, codes=None, region=None, positions=N, depth=D, **settings):
     c = sample_section(**settings)
-    noise = drr.draw_noise(seed, range(len(cond)) if images is None else images, 1 + c.rounds, positions, depth)
+    images = range(len(cond)) if images is None else images
+    noise = drr.draw_noise(seed, images, 1 + c.rounds, positions, depth)
     return list(drr.draft_and_revise(model, cond, noise, c, codes, region))
 
 
-# === Partition and noise ============================================================================================
+# === Partition and noise ====================================================================================
 @pytest.mark.parametrize("n, T", [(n, T) for n in (1, 2, 7, 16, 64) for T in (1, 2, 3, 5, 16, 64, 100)])
 def test_partition_covers_every_position_once_in_sets_of_nearly_equal_size(n, T):
     order, _ = drr.draw_noise(3, range(4), 1, n, 1)
@@ -32,7 +33,7 @@ def test_partition_covers_every_position_once_in_sets_of_nearly_equal_size(n, T)
 def test_partitions_are_uniformly_random():
     images, n = 4000, 8
     order, _ = drr.draw_noise(0, range(images), 1, n, 1)
-    first = drr.partition(order[0], 2)[0]                                      # 4 of 8 positions
+    first = drr.partition(order[0], 2)[0]                         # 4 of 8 positions
     share = torch.zeros(images, n).scatter(1, first, 1.0).mean(0)
     # 8 frequencies of 1/2 within 5 standard deviations: false alarm < 8 * 6e-7 = 5e-6 for a fresh seed.
     assert torch.all((share - 0.5).abs() < 5 * 0.5 / images ** 0.5)
@@ -40,13 +41,12 @@ def test_partitions_are_uniformly_random():
 
 def test_noise_of_an_image_depends_on_seed_and_index_alone():
     order, uniforms = drr.draw_noise(7, [0, 1, 2, 3], 3, N, D)
-    for images in ([3], [2, 3], [3, 0, 900]):
+    for images in ([3], [2, 3], [3, 0]):
         other_order, other_uniforms = drr.draw_noise(7, images, 3, N, D)
-        for b, i in enumerate(images[:2]):
-            if i < 4:
-                assert torch.equal(other_order[:, b], order[:, i]) and torch.equal(other_uniforms[:, b], uniforms[:, i])
+        assert torch.equal(other_order, order[:, images])
+        assert torch.equal(other_uniforms, uniforms[:, images])
     assert not torch.equal(drr.draw_noise(8, [0], 3, N, D)[1], uniforms[:, :1])
-    assert len(torch.unique(uniforms[0, :, 0, 0])) == 4                        # four images, four numbers
+    assert len(torch.unique(uniforms[0, :, 0, 0])) == 4           # four images, four numbers
 
 
 def test_more_rounds_extend_the_noise_and_do_not_change_it():
@@ -63,11 +63,11 @@ def test_uniforms_are_uniform_in_the_half_open_interval():
     assert torch.all((share - 0.1).abs() < 5 * (0.09 / u.numel()) ** 0.5)
 
 
-# === Drawing one code ===============================================================================================
+# === Drawing one code =======================================================================================
 def test_inverse_cdf_draws_each_index_as_often_as_its_probability():
     p = torch.tensor([0.05, 0.0, 0.4, 0.15, 0.4])
     n = 10_000
-    grid = (torch.arange(n) + 0.5) / n                                         # a fine grid: no chance in it
+    grid = (torch.arange(n) + 0.5) / n                            # a fine grid: no chance in it
     share = torch.bincount(drr.inverse_cdf(p.expand(n, -1), grid), minlength=5) / n
     assert torch.all((share - p).abs() <= 1.5 / n)
 
@@ -77,12 +77,12 @@ def test_inverse_cdf_draws_each_index_as_often_as_its_probability():
 def test_inverse_cdf_never_draws_what_has_no_probability(u, scale):
     generator = torch.Generator().manual_seed(0)
     p = torch.rand(2000, 50, generator=generator)
-    p[torch.rand(2000, 50, generator=generator) < 0.7] = 0                     # often at the beginning and at the end
+    p[torch.rand(2000, 50, generator=generator) < 0.7] = 0        # often at the beginning and at the end
     p[:, 25] += 0.01
     k = drr.inverse_cdf(p * scale, torch.full((2000,), u))
     assert torch.all(p.gather(1, k[:, None]) > 0)
     if u == 0:
-        assert torch.equal(k, (p > 0).int().argmax(1))                         # the first that has any
+        assert torch.equal(k, (p > 0).int().argmax(1))            # the first that has any
 
 
 def how(temperature=1.0, guidance=1.0, top_k=0, top_p=1.0):
@@ -95,38 +95,30 @@ def test_probabilities_agree_with_the_official_filters():
     assert len(names) == 4
     for name in names:
         t, k, p = re.fullmatch(r"filter\.probs_T(.+)_k(.+)_p(.+)", name).groups()
-        ours = drr.probabilities(logits,
-                                 how(float(t), 1.0, 0 if k == "None" else int(k), 1.0 if p == "None" else float(p)))
+        top_k = 0 if k == "None" else int(k)
+        top_p = 1.0 if p == "None" else float(p)
+        ours = drr.probabilities(logits, how(float(t), 1.0, top_k, top_p))
         ours /= ours.sum(-1, keepdim=True)
         assert torch.equal(ours > 0, fixture[name] > 0), name
         torch.testing.assert_close(ours, fixture[name], atol=1e-5, rtol=0)
 
 
-def test_temperature_divides_logits():
-    logits = torch.randn(5, 7, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(drr.probabilities(logits, how(0.5)), (2 * logits).softmax(-1))
-
-
-def test_top_k_above_the_codebook_size_and_top_p_of_one_cut_nothing():
+def test_the_filters_at_their_ends_cut_nothing_or_all_but_the_most_likely():
     logits = torch.randn(5, 7, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(drr.probabilities(logits, how(top_k=100)), logits.softmax(-1))
-
-
-def test_top_k_of_one_and_a_tiny_top_p_take_the_most_likely():
-    logits = torch.randn(5, 7, generator=torch.Generator().manual_seed(0))
     for cut in (how(top_k=1), how(top_p=1e-6)):
         p = drr.probabilities(logits, cut)
         assert torch.equal(p > 0, torch.nn.functional.one_hot(logits.argmax(-1), 7).bool())
 
 
-# === What reaches the networks: a fake model that keeps a diary =====================================================
+# === What reaches the networks: a fake model that keeps a diary =============================================
 class FakeModel:
     """Records what it is asked. Its logits are random numbers but depend on condition and depth alone."""
 
     null, K = 9, 6
 
     def __init__(self):
-        self.masks, self.seen, self.conds, self.depth_rows, self.stacks = [], [], [], [], []
+        self.masks, self.seen, self.conds, self.depth_rows = [], [], [], []
 
     def logits(self, cond, d):
         return torch.randn(self.K, generator=torch.Generator().manual_seed(100 * int(cond) + d))
@@ -135,12 +127,11 @@ class FakeModel:
         self.masks.append(mask.clone())
         self.seen.append(codes.clone())
         self.conds.append(cond[:, 0].clone())
-        return cond[:, :, None].float().expand(-1, positions.shape[1], 3).clone()  # h says which condition it is from
+        return cond[:, :, None].float().expand(-1, positions.shape[1], 3).clone()  # h is the condition
 
     def depth_step(self, h, stacks, d, cache):
         assert (cache is None) == (d == 0)
         self.depth_rows.append(len(h))
-        self.stacks.append(stacks[:, :d].clone())
         return torch.stack([self.logits(c, d) for c in h[:, 0]]), "cache"
 
 
@@ -153,43 +144,22 @@ def test_draft_hides_what_is_not_drawn_yet_and_revise_only_the_current_set():
     order, _ = drr.draw_noise(5, range(3), 3, N, D)
     draft, expected = drr.partition(order[0], 4), []
     for t in range(4):
-        later = torch.cat(draft[t:], 1)                                        # set t and all that come after it
+        later = torch.cat(draft[t:], 1)                           # set t and all that come after it
         expected.append(torch.zeros(3, N, dtype=torch.bool).scatter(1, later, True))
     for round in (1, 2):
         for current in drr.partition(order[round], 2):
             expected.append(torch.zeros(3, N, dtype=torch.bool).scatter(1, current, True))
-    assert len(model.masks) == len(expected) == len(states) == 4 + 2 * 2
-    for mask, correct in zip(model.masks, expected):
+    for mask, correct in zip(model.masks, expected, strict=True):
         assert torch.equal(mask, correct)
-
-
-def test_every_update_changes_the_current_set_alone_and_shows_it_to_the_next():
-    model = FakeModel()
-    states = decode(model, COND, t_draft=4, t_revise=3, rounds=2, revise_guidance=1.0)
-    for before, state, mask in zip(states, states[1:], model.masks[1:]):
-        current = before.hidden & ~state.hidden if state.phase == "draft" else mask
-        assert torch.equal(state.codes[~current], before.codes[~current])
-    for state, seen in zip(states, model.seen[1:]):
-        assert torch.equal(seen, state.codes)
-
-
-def test_states_say_phase_round_and_what_is_hidden():
-    states = decode(FakeModel(), COND, t_draft=4, t_revise=2, rounds=2)
-    assert [(s.phase, s.round) for s in states] == [("draft", 0)] * 4 + [("revise", 1)] * 2 + [("revise", 2)] * 2
+    phases = [(state.phase, state.round) for state in states]
+    assert phases == [("draft", 0)] * 4 + [("revise", 1)] * 2 + [("revise", 2)] * 2
     assert [int(s.hidden[0].sum()) for s in states] == [12, 8, 4, 0, 0, 0, 0, 0]
-
-
-def test_no_revision_is_the_draft_only():
-    states = decode(FakeModel(), COND, t_draft=4, rounds=0)
-    longer = decode(FakeModel(), COND, t_draft=4, rounds=2)
-    assert len(states) == 4 and {s.phase for s in states} == {"draft"}
-    assert torch.equal(states[-1].codes, longer[3].codes)
 
 
 def test_only_the_selected_positions_reach_the_depth_transformer():
     model = FakeModel()
     decode(model, COND, t_draft=8, t_revise=2, rounds=1, revise_guidance=1.0)
-    assert model.depth_rows == [3 * 2] * 8 * D + [3 * 8] * 2 * D               # B * n_t rows, at each depth
+    assert model.depth_rows == [3 * 2] * 8 * D + [3 * 8] * 2 * D  # B * n_t rows, at each depth
 
 
 @pytest.mark.parametrize("draft, revise", [(1.0, 1.0), (1.0, 1.8), (1.5, 1.0), (0.0, 0.5)])
@@ -202,29 +172,7 @@ def test_guidance_doubles_the_batch_only_in_the_phase_that_has_it(draft, revise)
         assert cond.tolist() == ([1, 2, 3] if len(cond) == 3 else [1, 2, 3, 9, 9, 9])
 
 
-def test_both_branches_of_guidance_see_the_same_codes():
-    model = FakeModel()
-    decode(model, COND, t_draft=4, t_revise=2, rounds=1)
-    doubled = [t for t in model.stacks + model.seen + model.masks if len(t) in (6, 48)]
-    assert len(doubled) == 2 * D + 2 * 2                                       # two updates: D steps, codes and mask
-    for t in doubled:
-        half = len(t) // 2
-        assert torch.equal(t[:half], t[half:])
-
-
-@pytest.mark.parametrize("guidance", [0.0, 0.5, 1.0, 1.8, 3.0])
-def test_guidance_moves_from_the_null_logits_towards_the_conditional_ones(guidance):
-    model, n = FakeModel(), 4000
-    h = torch.cat([torch.full((n, 3), 2.0), torch.full((n, 3), 9.0)][:1 if guidance == 1 else 2])
-    grid = ((torch.arange(n) + 0.5) / n)[:, None].expand(n, 2)
-    stacks, _ = drr.sample_stacks(model, h, grid, how(temperature=0.8, guidance=guidance))
-    for d in range(2):
-        conditional, null = model.logits(2, d), model.logits(9, d)
-        p = ((null + guidance * (conditional - null)) / 0.8).softmax(-1)
-        assert torch.all((torch.bincount(stacks[:, d], minlength=6) / n - p).abs() < 2 / n)
-
-
-# === In-painting ====================================================================================================
+# === In-painting ============================================================================================
 @pytest.mark.parametrize("t_draft, t_revise", [(3, 2), (64, 64)])
 def test_repainting_keeps_all_other_stacks_and_draws_the_region(t_draft, t_revise):
     model = torch_model(tiny_transformer(N, D))
@@ -243,23 +191,19 @@ def test_repainting_keeps_all_other_stacks_and_draws_the_region(t_draft, t_revis
 
 def test_repainting_hides_and_draws_the_region_only():
     model, known = FakeModel(), random_codes(3, N, D, codebook_size=6)
-    region = torch.arange(N) % 3 == 0                                          # 6 positions
+    region = torch.arange(N) % 3 == 0                             # 6 positions
     decode(model, COND, codes=known, region=region, t_draft=2, t_revise=3, rounds=1, revise_guidance=1.0)
     assert torch.equal(model.masks[0], region.expand(3, N))
+    assert torch.equal(model.seen[0][:, ~region], known[:, ~region])
     assert not torch.stack(model.masks)[:, :, ~region].any()
     assert model.depth_rows == [9] * 2 * D + [6] * 3 * D
     assert torch.equal(torch.stack(model.masks[2:]).sum(0), region.expand(3, N).long())
 
 
-def test_repainting_sees_what_it_keeps():
-    model, region = torch_model(tiny_transformer(N, D)), torch.arange(N) < 8
-    results = [decode(model, COND, codes=random_codes(3, N, D, seed=s), region=region)[-1].codes[:, :8] for s in (1, 2)]
-    assert not torch.equal(*results)
-
-
-# === The same picture whatever the batch ============================================================================
+# === The same picture whatever the batch ====================================================================
+# In float64, whose rounding decides no draw: on every CPU and in every batch.
 def test_codes_of_an_image_do_not_depend_on_its_batch():
-    model = torch_model(tiny_transformer(N, D))
+    model = torch_model(tiny_transformer(N, D).double())
     together = decode(model, COND, seed=3)[-1].codes
     for images in ([0], [1], [2, 0], [1, 2, 0]):
         codes = decode(model, COND[images], seed=3, images=images)[-1].codes
@@ -268,27 +212,28 @@ def test_codes_of_an_image_do_not_depend_on_its_batch():
 
 
 def test_golden_codes():
-    """Recorded once (float32, CPU) from weights that are formulas: a change of any rule of decoding shows here."""
+    """Recorded once from weights that are formulas: a change of any rule of decoding shows here."""
     codebook = torch.sin(torch.arange(12 * 4.0) * 1.7).view(12, 4)
-    transformer = tiny_transformer(4, 2, classes=3, codebook_size=12, code_dim=4).eval()
+    transformer = tiny_transformer(4, 2, classes=3, codebook_size=12, code_dim=4)
     transformer.codebook.copy_(codebook)
     with torch.no_grad():
         for i, p in enumerate(transformer.parameters()):
             p.copy_(0.7 * torch.sin(torch.arange(p.numel()) * (1 + 0.1 * i) + i).view(p.shape))
-    cond = torch.tensor([[0], [2]])
-    states = decode(torch_model(transformer), cond, seed=980, positions=4, depth=2, t_draft=2, t_revise=2, rounds=1)
-    assert states[1].codes.tolist() == [[[4, 4], [11, 11], [4, 4], [4, 5]], [[4, 11], [3, 4], [3, 5], [4, 4]]]
-    assert states[-1].codes.tolist() == [[[4, 4], [11, 4], [4, 4], [5, 4]], [[4, 5], [3, 4], [11, 4], [11, 5]]]
+    model, cond = torch_model(transformer.double()), torch.tensor([[0], [2]])
+    states = decode(model, cond, seed=980, positions=4, depth=2, t_draft=2, t_revise=2, rounds=1)
+    drafts = [[[4, 4], [11, 11], [4, 4], [4, 5]], [[4, 11], [3, 4], [3, 5], [4, 4]]]
+    results = [[[4, 4], [11, 4], [4, 4], [5, 4]], [[4, 5], [3, 4], [11, 4], [11, 5]]]
+    assert states[1].codes.tolist() == drafts and states[-1].codes.tolist() == results
 
 
-# === The right distribution =========================================================================================
+# === The right distribution =================================================================================
 @pytest.mark.parametrize("T", [1, 2])
 def test_drawn_stacks_follow_the_product_of_the_models_own_conditionals(T):
-    """N = 2, D = 2, K = 3: position 0, then position 1 given 0 (T = 2), or both given nothing (T = 1). All 81 outcomes
-    against their exact probabilities, the four uniforms from a Sobol sequence: nothing is left to chance."""
-    transformer, B = tiny_transformer(2, 2, codebook_size=3, code_dim=4, seed=1), 2 ** 15
+    """N = 2, D = 2, K = 3: position 0, then position 1 given 0 (T = 2), or both given nothing (T = 1). All 81
+    outcomes against their exact probabilities, the uniforms from a Sobol sequence: no chance in it."""
+    transformer, B = tiny_transformer(2, 2, codebook_size=3, code_dim=4, seed=1), 2 ** 13
     model = torch_model(transformer)
-    uniforms = torch.quasirandom.SobolEngine(4).draw(B).view(B, 2, 2)          # (B, N, D)
+    uniforms = torch.quasirandom.SobolEngine(4).draw(B).view(B, 2, 2)  # (B, N, D)
     cond = torch.zeros(B, 1, dtype=torch.int64)
     order = torch.tensor([0, 1]).expand(1, B, 2)
     *_, last = drr.draft_and_revise(model, cond, (order, uniforms[None]), sample_section(t_draft=T, rounds=0))
@@ -309,13 +254,14 @@ def test_drawn_stacks_follow_the_product_of_the_models_own_conditionals(T):
     assert (first[:, None] * second - exact.view(3, 3, 9).sum(2)).abs().sum() > 0.05
 
 
-# === The log-probability of a stack =================================================================================
+# === The log-probability of a stack =========================================================================
 @torch.no_grad()
 def test_log_p_is_that_of_the_stack_when_it_was_drawn():
     transformer, codes = tiny_transformer(N, D), random_codes(3, N, D)
     positions, hidden = torch.tensor([[0, 5, 9]] * 3), torch.zeros(3, N, dtype=torch.bool)
     _, uniforms = drr.draw_noise(0, range(3), 1, N, D)
-    state = drr.update(torch_model(transformer), drr.State("draft", 0, codes, hidden, torch.zeros(3, N)), positions, uniforms[0], COND, how(0.7, 1.8))
+    before = drr.State("draft", 0, codes, hidden, torch.zeros(3, N))
+    state = drr.update(torch_model(transformer), before, positions, uniforms[0], COND, how(0.7, 1.8))
     expected = teacher_forced(transformer, state.codes, hidden, positions, COND, 1.8, 0.7)
     torch.testing.assert_close(state.log_p.gather(1, positions), expected, atol=1e-4, rtol=0)
     assert torch.equal(state.log_p != 0, torch.zeros(3, N, dtype=torch.bool).scatter(1, positions, True))

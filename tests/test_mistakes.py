@@ -1,5 +1,4 @@
 """Mistakes of users: each ends in one sentence and exit status 2, leaves no traceback and writes nothing."""
-import importlib.util
 import json
 import math
 import os
@@ -21,8 +20,7 @@ import sample
 from support import common
 
 PHOTOS = TESTS / "photos"
-NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
-NO_LPIPS = pytest.mark.skipif(importlib.util.find_spec("lpips") is not None, reason="lpips is installed here")
+RELEASE = TESTS / "fixtures" / "rqvae.safetensors"
 
 
 # === A folder full of things that can be got wrong ==========================================================
@@ -56,6 +54,9 @@ CHANGES = {                          # a copy's name: the file, and what is chan
 }
 
 
+LOGS = ["", "step,reconstruction\n", "a,b\n1,2\n", "step,lr\n1,high\n", "step,lr\n1,2,3\n", "\xff\xfe\0"]
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A checkpoint with random weights in `good`, damaged copies of it, pictures and data of all kinds."""
@@ -78,6 +79,16 @@ def folder(tmp_path_factory):
     (folder / "halved" / "transformer.safetensors").unlink()
     shutil.copy(good / "vae.safetensors", folder / "swapped" / "transformer.safetensors")
 
+    state = {name: tensor for name, tensor in load_file(RELEASE).items() if name.startswith("state_dict.")}
+    state["state_dict.quantizer.codebooks.2.weight"] += 1
+    torch.save(state, folder / "unshared.pt")
+    torch.save({"state_dict": Attack(folder / "executed")}, folder / "evil.pt")
+    (folder / "plain.pt").write_bytes(pickle.dumps(Attack(folder / "executed"), 2))
+    (folder / "short.safetensors").write_bytes(RELEASE.read_bytes()[:5000])
+
+    for i, text in enumerate(LOGS):
+        (folder / f"log{i}").mkdir()
+        (folder / f"log{i}" / "vae.csv").write_bytes(text.encode("latin-1"))
     Image.new("RGB", (32, 32), "red").save(folder / "photo.png")
     Image.new("L", (31, 32), 255).save(folder / "small_mask.png")
     Image.new("L", (32, 32), 0).save(folder / "black_mask.png")
@@ -87,6 +98,8 @@ def folder(tmp_path_factory):
     Image.new("RGB", (32, 32)).save(folder / "flat" / "a.png")
     for name in ("text.png", "broken/a.jpg", "file", "file.pt"):
         (folder / name).write_text("no picture")
+    (folder / "plotted").mkdir()
+    (folder / "plotted" / "vae.csv").write_text("step,lr\n1,0.1\n")
     return folder
 
 
@@ -103,11 +116,15 @@ def refused(folder, monkeypatch, capsys):
     def refused(command, word):
         before = contents(folder)
         monkeypatch.chdir(folder)
-        script, *arguments = command.replace("PHOTOS", str(PHOTOS)).split(" ")
-        monkeypatch.setattr(sys, "argv", [str(REPO / script), *filter(None, arguments)])
+        command = command.replace("PHOTOS", str(PHOTOS)).replace("RELEASE", str(RELEASE))
+        script, *arguments = command.split(" ")
+        monkeypatch.setattr(sys, "argv", [script, *filter(None, arguments)])
         capsys.readouterr()
         with pytest.raises(SystemExit) as end:
-            runpy.run_path(sys.argv[0], run_name="__main__")
+            if script.endswith(".py"):
+                runpy.run_path(str(REPO / script), run_name="__main__")
+            else:
+                runpy.run_module(script, run_name="__main__")
         assert_refused(end.value.code, capsys.readouterr().err, word)
         assert contents(folder) == before
     return refused
@@ -128,13 +145,16 @@ TRANSFORMER = "train_transformer.py smoke transformer.steps=1 transformer.warmup
 VAE_DATA = f"{VAE} --data PHOTOS"
 TRANSFORMER_DATA = f"{TRANSFORMER} --data PHOTOS"
 GIVEN = f"{TRANSFORMER_DATA} --vae good/vae.safetensors"
+OFFICIAL = "train_vae.py smoke vae.ch_mult=[1,2,2] vae.attn_resolutions=[8] --official"
 
 MISTAKES = [
     # --- sample.py: classes, numbers, sampling values
     (f"{SAMPLE} good", "--class", [""]),
     (f"{SAMPLE} good", "zebra", ["--class zebra"]),
-    (f"{SAMPLE} good", "lakeside", ["--class d"]),
-    (f"{SAMPLE} good", "class", ["--class 4", "--class -1", "--class volcano,,daisy"]),
+    (f"{SAMPLE} good", "1 lakeside, 3 daisy", ["--class d"]),
+    (f"{SAMPLE} good", "did you mean volcano", ["--class vulcano"]),
+    (f"{SAMPLE} good", "0 to 3", ["--class 4", "--class -1"]),
+    (f"{SAMPLE} good", "class", ["--class volcano,,daisy"]),
     (DRAW, "--seed", ["--seed -1", "--seed x"]),
     (DRAW, "--num", ["--num 0", "--num -3", "--num many", "--class 0,1 --num 1"]),
     (DRAW, "t_draft", ["--t-draft 0", "--t-draft 65", "--t-draft 4 t_draft=8", "--t-draft x"]),
@@ -177,6 +197,8 @@ MISTAKES = [
     (DRAW, "file", ["--out file/x.png", "--out x.png --out-dir file"]),
     (DRAW, "empty", ["--out empty"]),
     (DRAW, "--backend", ["--exported empty"]),
+    (DRAW, "--compile", ["--compile --backend onnx"]),
+    (f"{DRAW} --backend onnx --exported", "export.py", ["nowhere"]),
     (DRAW, "--colour", ["--colour red"]),
     # --- overrides
     ("train_vae.py --data PHOTOS", "smoke", ["smok"]),
@@ -214,8 +236,11 @@ MISTAKES = [
     (VAE_DATA, "resume", ["--resume"]),
     (VAE_DATA, "file", ["--out file"]),
     (VAE_DATA, "--force", ["--out good"]),
-    (f"{VAE} --official", "nowhere.pt", ["nowhere.pt"]),
-    (f"{VAE} --official", "file.pt", ["file.pt"]),
+    *[(OFFICIAL, name, [name]) for name in (
+        "nowhere.pt", "nowhere.safetensors", "file.pt", "evil.pt", "plain.pt", "short.safetensors")],
+    (OFFICIAL, "unshared.pt has a codebook per depth", ["unshared.pt"]),
+    (f"{OFFICIAL} RELEASE", "rqvae.safetensors", [
+        "vae.ch=64", "vae.depth=5", "vae.codebook_size=128", "vae.ch_mult=[1,2]"]),
     (f"{VAE} --official file.pt", "--data", ["--data empty"]),
     (f"{VAE} --official file.pt", "--init", ["--init file.pt"]),
     # --- train_transformer.py
@@ -228,8 +253,24 @@ MISTAKES = [
     (GIVEN, "d_model", ["transformer.d_model=40"]),
     (GIVEN, "resume", ["--resume"]),
     (GIVEN, "another RQ-VAE", ["--out other"]),
-    # --- export.py
+    # --- export.py and the tools
     ("export.py --checkpoint", "nowhere", ["nowhere"]),
+    ("export.py --checkpoint good --out", "flat holds other things", ["flat"]),
+    ("export.py --max-batch", "--max-batch", ["0"]),
+    ("tools.bench", "--mode", ["--mode warp", "--mode eager:fp8"]),
+    ("tools.bench", "--batch", ["--batch 0", "--batch x", "--train smoke --batch 2"]),
+    ("tools.bench", "--t-draft", ["--t-draft 65", "t_draft=3"]),
+    ("tools.bench", "t_draft", ["t_darft=3"]),
+    ("tools.bench", "plain", ["--mode plain order=sobol"]),
+    ("tools.bench", "--repeat", ["--repeat 0"]),
+    ("tools.bench --preset", "imagnet", ["imagnet"]),
+    ("tools.bench --preset", "exclude", ["smoke --train smoke"]),
+    ("tools.estimate smoke", "--gpus", ["--gpus 0", "--gpus 1,x"]),
+    ("tools.estimate smoke", "--mfu", ["--mfu 2"]),
+    ("tools.estimate smoke", "vae.ch", ["vae.chh=3"]),
+    ("tools.estimate smoke", "batch_size", ["--gpus 3 --tflops 9"]),
+    ("tools.plots", "damaged or no training log", [f"log{i}" for i in range(len(LOGS))]),
+    ("tools.plots", "neither vae.csv nor transformer.csv", ["nowhere"]),
 ]
 
 
@@ -241,15 +282,24 @@ def test_a_mistake_is_refused_in_one_sentence(refused, command, word):
     refused(command, word)
 
 
-@NO_GPU
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 @pytest.mark.parametrize("command", [DRAW, VAE_DATA])
 def test_a_gpu_that_is_not_there_is_refused(refused, command):
     refused(f"{command} --device cuda", "cuda")
 
 
-@NO_LPIPS
-def test_a_package_that_is_not_there_is_refused(refused):
-    refused(f"{VAE_DATA} vae.perceptual_weight=1", "lpips")
+@pytest.mark.parametrize("command, module, word", [
+    (f"{VAE_DATA} vae.perceptual_weight=1", "lpips", "lpips"),
+    ("tools.plots plotted", "matplotlib.backends.backend_agg", "requirements-tools.txt"),
+    ("export.py --out new/x --checkpoint good", "onnxscript", "requirements-export.txt")])
+def test_a_package_that_is_not_there_is_refused(refused, monkeypatch, command, module, word):
+    monkeypatch.setitem(sys.modules, module, None)
+    refused(command, word)
+
+
+def test_the_attacks_among_these_files_are_real(tmp_path):
+    pickle.loads(pickle.dumps(Attack(tmp_path / "executed")))
+    assert (tmp_path / "executed").exists()
 
 
 @pytest.mark.parametrize("command, word", [("train_vae.py smoke", "--data"), ("sample.py --num x", "--num")])

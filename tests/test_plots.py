@@ -1,10 +1,7 @@
-"""The pictures of the logs: what they hold, what they leave out, and what happens to damaged logs."""
-import builtins
-
+"""The pictures of the logs: what they hold, and what they leave out."""
 import pytest
 from PIL import Image
 
-from drr import UserError
 from tools import plots
 
 VAE = ("step,reconstruction,val_psnr,perceptual,usage_1,usage_2,remark\n"
@@ -47,27 +44,3 @@ def test_a_picture_is_drawn(run):
     (run / "vae.csv").write_text("step,remark\n1,a\n")                # nothing to draw yet
     plots.draw(run)
     assert not list(run.glob(".*"))                                   # no temporary files
-
-
-@pytest.mark.parametrize("text", [b"", b"step,reconstruction\n", b"a,b\n1,2\n", b"step,lr\n1,high\n",
-                                  b"step,lr\n1,2,3\n", b"\xff\xfe\x00"])
-def test_a_damaged_log_is_one_sentence(tmp_path, text):
-    (tmp_path / "vae.csv").write_bytes(text)
-    with pytest.raises(UserError, match="damaged or no training log"):
-        plots.draw(tmp_path)
-    assert not (tmp_path / "plots.png").exists()
-
-
-def test_no_log_and_no_matplotlib_are_one_sentence(run, tmp_path, monkeypatch):
-    with pytest.raises(UserError, match="neither vae.csv nor transformer.csv"):
-        plots.draw(tmp_path / "elsewhere")
-    real = builtins.__import__
-
-    def without(name, *arguments, **keywords):
-        if name.startswith("matplotlib"):
-            raise ImportError(name)
-        return real(name, *arguments, **keywords)
-
-    monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(UserError, match="requirements-tools.txt"):
-        plots.draw(run)

@@ -1,19 +1,21 @@
-"""Real runs of the real scripts: train both stages on a few photographs, and draw pictures."""
+"""The scripts from end to end: both stages are trained on a few photographs, and pictures drawn."""
 import csv
 import shutil
 import struct
+import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import TESTS
+from conftest import TESTS, vae_section
 from PIL import Image, ImageOps, PngImagePlugin
 from processes import run
-from safetensors.torch import load_file
 
 import drr
+import sample
 from support import common
 from support.common import BUNDLED
+from support.official import load_official_rqvae
 
 PHOTOS = TESTS / "photos"
 
@@ -39,11 +41,21 @@ def trained(tmp_path_factory):
 
 
 @pytest.fixture
-def draw(trained, tmp_path):
-    """draw(...) runs sample.py on that checkpoint in an empty folder."""
-    def call(*arguments):
-        return run("sample.py", "--checkpoint", trained, "--t-draft", 8, "--precision", "fp32", *arguments,
-                   cwd=tmp_path)
+def draw(trained, tmp_path, monkeypatch):
+    """draw(...) runs sample.py on that checkpoint, in an empty folder and in this process."""
+    def call(*arguments, checkpoint=trained):
+        monkeypatch.chdir(tmp_path)
+        command = ["sample.py", "--checkpoint", checkpoint, "--device", "cpu", *arguments]
+        monkeypatch.setattr(sys, "argv", [*map(str, command)])
+        sample.main()
+    return call
+
+
+@pytest.fixture
+def draw_class(draw):
+    """The same for samples of a class, by a short draft in float32."""
+    def call(name, num, *arguments):
+        draw("--class", name, "--num", num, "--t-draft", 8, "--precision", "fp32", *arguments)
     return call
 
 
@@ -84,23 +96,16 @@ def test_checkpoint_carries_its_configuration_and_classes(trained):
     assert transformer.null == 4
 
 
-def test_stage_one_is_the_same_from_memory_and_from_workers(tmp_path):
-    for name, in_memory in (("a", "true"), ("b", "false")):
-        run("train_vae.py", "smoke", "--data", PHOTOS, "--out", name, "--precision", "fp32",
-            f"data.in_memory={in_memory}",
-            "vae.steps=2", "vae.warmup=1", "vae.log_every=1", cwd=tmp_path)
-    assert rows(tmp_path / "a" / "vae.csv") == rows(tmp_path / "b" / "vae.csv")
-
-
-def test_unlabelled_pictures_train_an_unconditional_model(tmp_path):
+def test_unlabelled_pictures_train_an_unconditional_model(draw, tmp_path):
     (tmp_path / "flat").mkdir()
     for path in (PHOTOS / "train").rglob("*.JPEG"):
         shutil.copy(path, tmp_path / "flat")
     for script, section, extra in (("train_vae.py", "vae", []),
                                    ("train_transformer.py", "transformer", ["transformer.cond=none"])):
         short = [f"{section}.{value}" for value in ("steps=2", "warmup=1", "batch_size=4")]
-        run(script, "smoke", "--data", "flat", "--out", "run", *short, *extra, cwd=tmp_path)
-    run("sample.py", "--checkpoint", "run", "--num", 2, "--t-draft", 2, "--out", "x.png", cwd=tmp_path)
+        run(script, "smoke", "--data", "flat", "--out", "run", "--precision", "fp32", *short, *extra,
+            cwd=tmp_path)
+    draw("--num", 2, "--t-draft", 2, "--out", "x.png", checkpoint="run")
     assert pixels(tmp_path / "x.png").shape == (128, 2 * 130 - 2, 3)
 
 
@@ -109,65 +114,72 @@ def test_the_official_weights_are_converted_once_and_for_all(tmp_path):
     run("train_vae.py", "smoke", "--official", official, "--out", "run", "vae.ch_mult=[1,2,2]",
         "vae.attn_resolutions=[8]", cwd=tmp_path)
     vae, c = drr.load_vae(tmp_path / "run" / "vae.safetensors")
-    fixture = load_file(official)
     assert c.ch_mult == [1, 2, 2]
-    assert torch.equal(vae.encode(fixture["io.images"]), fixture["io.codes"].flatten(1, 2))
+    assert drr.fingerprint(vae) == drr.fingerprint(load_official_rqvae(official, vae_section()))
 
 
 # === Drawing ================================================================================================
-def test_a_grid_and_single_pictures(draw, tmp_path):
-    draw("--class", "volcano", "--num", 4, "--out", "new/folder/grid.png", "--out-dir", "single")
+def test_a_grid_and_single_pictures(draw_class, tmp_path):
+    draw_class("volcano", 4, "--out", "new/folder/grid.png", "--out-dir", "single")
     grid = pixels(tmp_path / "new" / "folder" / "grid.png")
     assert grid.shape == (2 * 130 - 2, 2 * 130 - 2, 3)
     assert sorted(p.name for p in (tmp_path / "single").iterdir()) == [f"{i:03d}.png" for i in range(4)]
     pictures = [pixels(tmp_path / "single" / f"{i:03d}.png") for i in range(4)]
     assert all(p.shape == (32, 32, 3) for p in pictures) and len({p.tobytes() for p in pictures}) == 4
-    enlarged = Image.fromarray(pictures[3]).resize((128, 128), Image.BICUBIC)
-    assert np.array_equal(grid[130:, 130:], np.array(enlarged))
+    assert np.array_equal(grid[130:, 130:], enlarged(pictures[3]))
 
 
-def test_the_same_seed_gives_the_same_bytes_and_another_seed_does_not(draw, tmp_path):
-    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
-        draw("--class", "2", "--num", 2, "--seed", seed, "--out", f"{name}.png")
-    a, b, c = ((tmp_path / f"{name}.png").read_bytes() for name in "abc")
+def enlarged(picture, size=128):
+    """As a grid shows it."""
+    return np.array(Image.fromarray(picture).resize((size, size), Image.BICUBIC))
+
+
+@pytest.fixture
+def draw_thrice(draw_class, tmp_path):
+    """draw_thrice(arguments of a, of b, of c) draws with each; returns the bytes of the three pictures."""
+    def call(*each):
+        for name, (kind, num, *arguments) in zip("abc", each, strict=True):
+            draw_class(kind, num, *arguments, "--out", f"{name}.png")
+        return [(tmp_path / f"{name}.png").read_bytes() for name in "abc"]
+    return call
+
+
+@pytest.mark.parametrize("each", [
+    [(2, 2, "--seed", 3), (2, 2, "--seed", 3), (2, 2, "--seed", 4)],
+    [(2, 1, "--m", 1, "--guidance", 3, "--top-k", 9), (2, 1, "rounds=1", "revise_guidance=3", "top_k=9"),
+     (2, 1, "rounds=1")],
+    [("none", 2, "--guidance", 1, "--draft-guidance", 1), ("none", 2, "--guidance", 5, "--draft-guidance", 5),
+     ("2", 2, "--guidance", 1, "--draft-guidance", 1)]],
+    ids=["a seed", "a flag is key=value", "null against null needs no guidance"])
+def test_the_same_bytes_from_what_means_the_same_and_other_ones_from_what_does_not(draw_thrice, each):
+    a, b, c = draw_thrice(*each)
     assert a == b != c
 
 
-def test_a_picture_is_the_same_alone_among_others_and_beside_other_classes(draw, tmp_path):
-    draw("--class", "volcano", "--num", 1, "--out", "x.png", "--out-dir", "one")
-    draw("--class", "volcano", "--num", 4, "--out", "x.png", "--out-dir", "four")
-    draw("--class", "volcano,daisy", "--num", 3, "--out", "x.png", "--out-dir", "mixed")
-    one, four, mixed = (tmp_path / name for name in ("one", "four", "mixed"))
-    assert np.array_equal(pixels(one / "000.png"), pixels(four / "000.png"))
-    assert np.array_equal(pixels(one / "000.png"), pixels(mixed / "000.png"))
-    assert np.array_equal(pixels(four / "002.png"), pixels(mixed / "002.png"))
+def test_a_picture_is_the_same_alone_among_others_and_beside_other_classes(draw_class, tmp_path):
+    for folder, kind, num in (("one", "volcano", 1), ("four", "volcano", 4), ("mixed", "volcano,daisy", 3)):
+        draw_class(kind, num, "--out", "x.png", "--out-dir", folder)
+    one, four, mixed = ([pixels(path) for path in sorted((tmp_path / name).iterdir())]
+                        for name in ("one", "four", "mixed"))
+    assert min(alike(one[0], four[0]), alike(one[0], mixed[0]), alike(four[2], mixed[2])) > 0.9
+    assert alike(four[0], four[2]) < 0.5
 
 
-def test_a_strip_shows_six_states_of_the_draft_and_every_revision(draw, tmp_path):
-    draw("--class", "daisy", "--num", 2, "--m", 3, "--strip", "--out", "strip.png", "--out-dir", "single")
+def alike(a, b):
+    """The share of values that are equal up to rounding. (All of them on most CPUs; on some the last bit of a
+    product depends on the batch, which in a near tie changes a code and what is drawn after it.)"""
+    return (np.abs(a.astype(int) - b) <= 2).mean()
+
+
+def test_a_strip_shows_six_states_of_the_draft_and_every_revision(draw_class, tmp_path):
+    draw_class("daisy", 2, "--m", 3, "--strip", "--out", "strip.png", "--out-dir", "single")
     strip = pixels(tmp_path / "strip.png")
     assert strip.shape == (2 * 130 - 2, (6 + 3) * 130 - 2, 3)
     grey = (np.abs(strip[:128, :128].astype(int) - 128) <= 1).all(-1).mean()
-    # 7/8 hidden, less the blur at their edges
-    assert 0.7 < grey < 0.88
-    for i in range(2):                                                         # the last column is the result
-        result = Image.open(tmp_path / "single" / f"{i:03d}.png").resize((128, 128), Image.BICUBIC)
-        assert np.array_equal(strip[130 * i:130 * i + 128, -128:], np.array(result))
-
-
-def test_a_flag_is_another_way_to_write_a_sampling_value(draw, tmp_path):
-    for name, arguments in (("a", ["--m", 1, "--guidance", 3, "--top-k", 9]),
-                            ("b", ["rounds=1", "revise_guidance=3", "top_k=9"]), ("c", ["rounds=1"])):
-        draw("--class", 2, "--num", 1, *arguments, "--out", f"{name}.png")
-    a, b, c = ((tmp_path / f"{name}.png").read_bytes() for name in "abc")
-    assert a == b != c
-
-
-def test_the_null_class_is_drawn_without_guidance(draw, tmp_path):
-    for name, scale in (("a", 1), ("b", 5)):
-        guidance = ["--guidance", scale, "--draft-guidance", scale]
-        draw("--class", "none", "--num", 2, *guidance, "--out", f"{name}.png")
-    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    assert 0.7 < grey < 0.88                                 # 7/8 hidden, less the blur at their edges
+    for i in range(2):                                       # the last column is the result
+        result = pixels(tmp_path / "single" / f"{i:03d}.png")
+        assert np.array_equal(strip[130 * i:130 * i + 128, -128:], enlarged(result))
 
 
 @pytest.fixture
@@ -178,9 +190,13 @@ def photo(tmp_path):
     return tmp_path / "photo.png"
 
 
-def test_paste_leaves_the_pixels_outside_the_region_untouched(draw, tmp_path, photo):
-    draw("--image", photo, "--region", "9,8,24,21", "--class", "daisy", "--num", 3, "--paste", "--out",
-         "x.png", "--out-dir", "new")
+def test_repainting_shows_original_hidden_part_and_results_and_can_keep_the_rest(draw_class, tmp_path, photo):
+    draw_class("daisy", 3, "--image", photo, "--region", "9,8,24,21", "--paste", "--out", "x.png",
+               "--out-dir", "new")
+    shown = pixels(tmp_path / "x.png")
+    assert shown.shape == (128, 5 * 130 - 2, 3)
+    assert np.array_equal(shown[:, :128], enlarged(pixels(photo)))
+    assert np.all(np.abs(shown[48:68, 130 + 48:130 + 80].astype(int) - 128) <= 1)
     inside = np.zeros((32, 32), bool)
     inside[8:21, 9:24] = True
     for i in range(3):
@@ -189,23 +205,12 @@ def test_paste_leaves_the_pixels_outside_the_region_untouched(draw, tmp_path, ph
         assert not np.array_equal(picture[inside], pixels(photo)[inside])
 
 
-def test_repainting_shows_original_hidden_part_and_results(draw, tmp_path, photo):
-    draw("--image", photo, "--region", "0,0,16,32", "--class", "daisy", "--num", 2, "--out", "x.png",
-         "--out-dir", "new")
-    shown = pixels(tmp_path / "x.png")
-    assert shown.shape == (128, 4 * 130 - 2, 3)
-    assert np.array_equal(shown[:, :128], np.array(Image.open(photo).resize((128, 128), Image.BICUBIC)))
-    assert np.all(np.abs(shown[:, 130:130 + 48].astype(int) - 128) <= 1)
-
-
-def test_a_mask_picture_means_the_same_as_the_region_it_shows(draw, tmp_path, photo):
+def test_a_mask_picture_means_the_same_as_the_region_it_shows(draw_thrice, tmp_path, photo):
     mask = np.zeros((32, 32), np.uint8)
     mask[4:12, 8:28] = 255
     Image.fromarray(mask).save(tmp_path / "mask.png")
-    draw("--image", photo, "--mask", "mask.png", "--class", "2", "--num", 1, "--out", "a.png")
-    draw("--image", photo, "--region", "8,4,28,12", "--class", "2", "--num", 1, "--out", "b.png")
-    draw("--image", photo, "--region", "8,4,28,20", "--class", "2", "--num", 1, "--out", "c.png")
-    a, b, c = ((tmp_path / f"{name}.png").read_bytes() for name in "abc")
+    parts = ("--mask", "mask.png"), ("--region", "8,4,28,12"), ("--region", "8,4,28,20")
+    a, b, c = draw_thrice(*((2, 1, "--image", photo, *part) for part in parts))
     assert a == b != c
 
 
@@ -230,20 +235,17 @@ def test_a_mask_of_a_picture_whose_square_begins_at_half_a_pixel():
     mask = np.zeros((4, 7), bool)
     mask[0, 2] = mask[3, 5] = True
     assert common.resize_mask(mask, 2).tolist() == [[True, False], [False, True]]
-    with pytest.raises(drr.UserError, match="Nothing is left to repaint"):
-        common.resize_mask(np.eye(4, 7, -3, dtype=bool), 2)  # pixel 0 of the last row
 
 
-def test_reconstruct_shows_the_picture_and_its_decode_from_every_depth(trained, tmp_path, photo):
-    run("sample.py", "--checkpoint", trained, "--reconstruct", photo, "--out", "x.png", cwd=tmp_path)
+def test_reconstruct_shows_the_picture_and_its_decode_from_every_depth(draw, trained, tmp_path, photo):
+    draw("--reconstruct", photo, "--out", "x.png")
     shown = pixels(tmp_path / "x.png")
     assert shown.shape == (256, 5 * 258 - 2, 3)
-    assert np.array_equal(shown[:, :256], np.array(Image.open(photo).resize((256, 256), Image.BICUBIC)))
+    assert np.array_equal(shown[:, :256], enlarged(pixels(photo), 256))
     vae, _ = drr.load_vae(trained / "vae.safetensors")
     x = torch.from_numpy(pixels(photo)).permute(2, 0, 1)[None] / 127.5 - 1
     full = common.to_pixels(vae.decode(vae.encode(x)))[0]
-    last = np.array(Image.fromarray(full).resize((256, 256), Image.BICUBIC)).astype(int)
-    assert np.abs(shown[:, -256:] - last).max() <= 2
+    assert alike(shown[:, -256:], enlarged(full, 256)) > 0.9
 
 
 # === Pictures that come in ==================================================================================
@@ -290,15 +292,6 @@ TITLES = ["great_white_shark", "tiger shark", "tiger", "Tiger cat"]
     ("white", 0), ("tiger CAT", 3), ("cat", 3)])
 def test_find_class_by_index_wnid_title_or_part_of_one(text, index):
     assert common.find_class(text, CLASSES, TITLES) == index
-
-
-@pytest.mark.parametrize("text, named", [
-    ("shark", ["0 great_white_shark", "1 tiger shark"]), ("4", ["0 to 3"]), ("-1", ["-1"]), ("n05", ["n05"]),
-    ("tigr shark", ["tiger_shark"]), ("", [""]), ("  ", [""]), ("xyzzy", ["xyzzy"])])
-def test_find_class_names_the_candidates_of_what_it_cannot_find(text, named):
-    with pytest.raises(drr.UserError) as error:
-        common.find_class(text, CLASSES, TITLES)
-    assert all(name in str(error.value) for name in named)
 
 
 def test_find_class_takes_a_folders_name_before_an_index():
