@@ -27,7 +27,7 @@ CLASSES = ["n01", "n02", "n03"]
 def make_checkpoint(folder, depth=4, seed=0):
     """Random weights, large enough that every input matters; 8x8 positions."""
     torch.manual_seed(seed)
-    vae_c = vae_section(depth=depth, resolution=16, ch_mult=[1, 2])
+    vae_c = vae_section(depth=depth, resolution=16, ch_mult=[1, 2], upscale=2 if depth == 1 else 1)
     transformer_c = transformer_section(d_model=64, head_dim=32)
     vae = drr.RQVAE(vae_c).eval()
     vae.quantizer.codebook.mul_(0.5)
@@ -57,7 +57,7 @@ def exported(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def exported_single(tmp_path_factory):
-    """Of a model with single codes."""
+    """Of a model with single codes, whose decoder draws larger than its encoder sees."""
     return make_export(tmp_path_factory.mktemp("export1"), 1)
 
 
