@@ -1,11 +1,13 @@
-"""What the tests share: the path to the scripts, small configurations, small models."""
+"""What the tests share: the path to the scripts, small configurations, small models, a short training."""
 import json
 import os
+import shutil
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
-if "PYTEST_XDIST_WORKER" in os.environ:       # several workers share the cores: one thread each, and their children
+if "PYTEST_XDIST_WORKER" in os.environ:      # several workers share the cores: one thread each, and their children
     os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
@@ -17,6 +19,8 @@ sys.path.insert(0, str(REPO))
 sys.dont_write_bytecode = True
 
 import drr  # after the path to it
+import processes
+from processes import PHOTOS, STAGES
 
 
 def pytest_configure(config):
@@ -103,3 +107,47 @@ def feature_net(tmp_path_factory):
     about = {"classes": ["n02814860", "n09332890", "n09472597", "n11939491"], "size": 32}
     torch.export.save(program, path, extra_files={"about.json": json.dumps(about)})
     return path
+
+
+# === A short run of either stage ============================================================================
+def arguments_for(stage, vae, out, *more):
+    """Six steps, with an adversary from the third on; every step is logged, the states of every other saved."""
+    short = ["steps=6", "warmup=3", "save_every=2", "log_every=1", "batch_size=8"]
+    if stage == "vae":       # no decay: the first steps are those of a shorter run, too
+        short += ["micro_batch=4", "decay=false", "picture_every=4", "quantize_start=1", "disc_start=2"]
+    else:
+        more = ("--vae", vae, *more)
+    return ("smoke", "--data", PHOTOS, "--out", out, "--precision", "fp32",
+            *(f"{stage}.{setting}" for setting in short), *more)
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory):
+    """The folder of whole/STAGE, such runs from beginning to end. Of each also: what it printed, seconds."""
+    folder, printed, seconds = tmp_path_factory.mktemp("whole"), {}, {}
+    processes.server()       # its start is not the run's
+    for stage in STAGES:
+        start = time.time()
+        out = folder / stage
+        done = processes.train(stage, *arguments_for(stage, folder / "vae" / "vae.safetensors", out))
+        printed[stage] = processes.finished(done).output
+        seconds[stage] = time.time() - start
+    return SimpleNamespace(folder=folder, vae=folder / "vae", transformer=folder / "transformer",
+                           printed=printed, seconds=seconds)
+
+
+@pytest.fixture
+def arguments(whole):
+    """arguments(stage, out, ...): such a run; what is given later counts."""
+    return lambda stage, *rest: arguments_for(stage, whole.vae / "vae.safetensors", *rest)
+
+
+@pytest.fixture
+def resume(whole, arguments, tmp_path):
+    """resume(stage, ...) goes on with a copy of those runs, whose folder is resume.out."""
+    def call(stage, *more, **options):
+        return processes.train(stage, *arguments(stage, call.out, "--resume", *more), **options)
+    call.out = tmp_path / "run"
+    for stage in STAGES:
+        shutil.copytree(whole.folder / stage, call.out, dirs_exist_ok=True)
+    return call

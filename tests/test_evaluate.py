@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import TESTS, FeatureNet
 from PIL import Image
-from processes import execute, torchrun
+from processes import execute
 from processes import run as run_script
 
 from support import common
@@ -211,8 +211,8 @@ def test_samples_are_resumed_extended_and_the_same_on_two_ranks(call, tmp_path, 
     assert len(np.unique(images.reshape(20, -1), axis=0)) == 20                          # no picture twice
 
     flat = call("--reference", PHOTOS, "--crop", "--samples", "all.npz")
-    both = torchrun(2, "tools.evaluate", *command, "--features", feature_net, "--number", 20, "--out", "two",
-                    cwd=tmp_path)
+    both = execute("tools.evaluate", *command, "--features", feature_net, "--number", 20, "--out", "two",
+                   cwd=tmp_path, ranks=2)
     assert both.returncode == 0, both.output
     assert parts_of(tmp_path / "two") == again
     assert numbers(SimpleNamespace(stdout=both.output))["FID-like"] == numbers(flat)["FID-like"]
