@@ -7,8 +7,8 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-if "PYTEST_XDIST_WORKER" in os.environ:      # several workers share the cores: one thread each, and their children
-    os.environ["OMP_NUM_THREADS"] = "1"
+if "PYTEST_XDIST_WORKER" in os.environ:      # several workers share the cores: one thread each
+    os.environ["OMP_NUM_THREADS"] = "1"      # of their children, too
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ from processes import PHOTOS, STAGES
 
 
 def pytest_configure(config):
-    config.option.loadscopereorder = False    # pytest-xdist: not the files with the most tests first, but as below
+    config.option.loadscopereorder = False   # pytest-xdist: not the files with the most tests first
 
 
 def pytest_collection_modifyitems(items):
@@ -39,8 +39,8 @@ def two_threads():
 
 def vae_section(**changes):
     """A section `vae` of the sizes of fixtures/rqvae.safetensors."""
-    values = dict(resolution=32, ch=32, ch_mult=[1, 2, 2], num_res_blocks=1, attn_resolutions=[8], z_channels=32,
-                  code_dim=32, codebook_size=64, depth=4, ema_decay=0.99)
+    values = dict(resolution=32, ch=32, ch_mult=[1, 2, 2], num_res_blocks=1, attn_resolutions=[8],
+                  z_channels=32, code_dim=32, codebook_size=64, depth=4, ema_decay=0.99)
     return SimpleNamespace(**{**values, **changes})
 
 
@@ -55,7 +55,8 @@ def sample_section(**changes):
     return SimpleNamespace(**{**values, **changes})
 
 
-def tiny_transformer(positions=16, depth=4, classes=5, codebook_size=24, code_dim=8, seed=0, std=0.2, **changes):
+def tiny_transformer(positions=16, depth=4, classes=5, codebook_size=24, code_dim=8, seed=0, std=0.2,
+                     **changes):
     """A transformer with weights large enough that every input matters visibly."""
     generator = torch.Generator().manual_seed(seed)
     codebook = torch.randn(codebook_size, code_dim, generator=generator)
@@ -69,8 +70,8 @@ def tiny_transformer(positions=16, depth=4, classes=5, codebook_size=24, code_di
 
 def torch_model(transformer):
     """The model as the decoding loop sees it, without an RQ-VAE."""
-    return SimpleNamespace(transformer=transformer, context=transformer.context, depth_step=transformer.depth_step,
-                           null=transformer.null, positions=transformer.positions, depth=transformer.depth)
+    names = ("context", "depth_step", "null", "positions", "depth")
+    return SimpleNamespace(transformer=transformer, **{name: getattr(transformer, name) for name in names})
 
 
 def teacher_forced(transformer, codes, hidden, positions, cond, guidance, temperature):
@@ -91,7 +92,7 @@ def random_codes(*shape, codebook_size=24, seed=0):
 
 
 class FeatureNet(torch.nn.Module):
-    """images (B, 3, S, S) -> six features, four logits: simple ones, for tools/evaluate.py and tools/study.py."""
+    """images (B, 3, S, S) -> six features, four logits: for tools/evaluate.py and tools/study.py."""
 
     def forward(self, images):
         features = torch.cat([images.mean((2, 3)), images.std((2, 3))], 1)
@@ -111,7 +112,7 @@ def feature_net(tmp_path_factory):
 
 # === A short run of either stage ============================================================================
 def arguments_for(stage, vae, out, *more):
-    """Six steps, with an adversary from the third on; every step is logged, the states of every other saved."""
+    """Six steps, the adversary's first the third; each is logged, the state of every other is saved."""
     short = ["steps=6", "warmup=3", "save_every=2", "log_every=1", "batch_size=8"]
     if stage == "vae":       # no decay: the first steps are those of a shorter run, too
         short += ["micro_batch=4", "decay=false", "picture_every=4", "quantize_start=1", "disc_start=2"]

@@ -125,9 +125,7 @@ def execute(first, *arguments, cwd, **options):
 
 def run(*arguments, cwd):
     """The same for a run that must succeed."""
-    done = execute(*arguments, cwd=cwd)
-    assert done.returncode == 0, done.stderr
-    return done
+    return finished(execute(*arguments, cwd=cwd))
 
 
 def torchrun(count, script, *arguments, cwd, before=""):

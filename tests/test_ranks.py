@@ -62,8 +62,9 @@ def test_stage_two_on_two_ranks_follows_the_run_on_one_and_resumes(whole, argume
 @pytest.mark.parametrize("stage", STAGES)
 def test_accumulating_two_halves_is_one_step_of_the_whole_batch(arguments, tmp_path, stage):
     more = [f"{stage}.steps=4"] + ["vae.disc_weight=0"] * (stage == "vae")         # BatchNorm sees the halves
-    for micro in (0, 4):
-        finished(train(stage, *arguments(stage, tmp_path / str(micro), f"{stage}.micro_batch={micro}", *more)))
+    for micro in ("0", "4"):
+        size = f"{stage}.micro_batch={micro}"
+        finished(train(stage, *arguments(stage, tmp_path / micro, size, *more)))
     assert_follows(rows(tmp_path / "0", stage), rows(tmp_path / "4", stage), rel=2e-3)
 
 

@@ -23,8 +23,8 @@ import train_vae
 from support import runs
 from support.common import load_config
 from drr import UserError
-from processes import (PHOTOS, REPO, STAGES, another_vae, assert_same, finished, receives, refused, rows, train,
-                       weights)
+from processes import (PHOTOS, REPO, STAGES, another_vae, assert_same, finished, receives, refused, rows,
+                       train, weights)
 
 
 # === Killed, and gone on ====================================================================================
