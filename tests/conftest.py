@@ -29,7 +29,8 @@ def pytest_configure(config):
 
 def pytest_collection_modifyitems(items):
     """The longest files first, so that two workers finish at about the same time."""
-    items.sort(key=lambda item: item.path.name not in ("test_scripts.py", "test_training.py"))
+    longest = [f"test_{name}.py" for name in "training ranks scripts export evaluate mistakes".split()]
+    items.sort(key=lambda item: [*longest, item.path.name].index(item.path.name))
 
 
 @pytest.fixture(autouse=True, scope="session")
