@@ -7,7 +7,6 @@
     python sample.py --reconstruct IN.png                            # what the RQ-VAE keeps, by depth
 """
 import math
-import tempfile
 import time
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
@@ -130,12 +129,15 @@ def output_paths(args, num):
     return out, single
 
 
-def check_writable(path):
-    """Raises UserError or OSError if no picture can be written at `path`."""
-    if path.suffix.lower() != ".png" or path.is_dir():
-        raise UserError(f"{path} cannot be the picture; expected the name of a file that ends in .png.")
+def check_writable(path, suffix=".png"):
+    """Raises UserError or OSError if no file can be written at `path`, whose name must end in `suffix`."""
+    if path.suffix.lower() != suffix or path.is_dir():
+        raise UserError(f"{path} cannot be written; expected the name of a file that ends in {suffix}.")
     path.parent.mkdir(parents=True, exist_ok=True)
-    tempfile.TemporaryFile(dir=path.parent).close()
+    known = path.exists()
+    path.open("ab").close()                                  # the very name, which may be too long
+    if not known:
+        path.unlink(missing_ok=True)
 
 
 # === Pictures: noise -> codes -> pixels =====================================================================

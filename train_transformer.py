@@ -121,9 +121,9 @@ def to_cond(labels, c, device):                                                 
     return (labels if c.cond == "class" else torch.zeros_like(labels)).to(device)[:, None]
 
 
-def validation_codes(directory, vae, classes, out, c, device, dtype):
+def validation_codes(directory, vae, classes, c, device, dtype):
     """Codes (B, N, D) and conditions (B, 1) of up to 1,024 images in DIR/val; None without any."""
-    images, labels = data.validation_images(directory, vae.size, 1024, classes, out / "shards")
+    images, labels = data.validation_images(directory, vae.size, 1024, classes)
     if images is None:
         return None
     codes = [data.encode(vae, to_float(x, device), dtype) for x in images.split(128)]
@@ -150,13 +150,14 @@ def main():
     how = sampling_values(config, (), N)     # of the pictures; refuses what sample.py would refuse
 
     # --- data: codes of all images, both ways round; or the images themselves -------------------------------
-    files, labels, classes = data.find_images(args.data, index=out / "shards")
+    files, labels, classes = data.find_images(args.data, out=out)
     if c.cond == "class" and classes == [""]:
         raise UserError(f"{args.data} has no class folders; add them or train with transformer.cond=none.")
     titles = data.class_titles(args.data, classes)
     views = data.Views(files, labels, classes, vae.size, c.batch_size, config.data)
     views.rows = rows
-    settings = runs.settings_of(config, ("transformer", "data"), str(dtype), data.files_fingerprint(files))
+    content = data.files_fingerprint(files, labels, classes)
+    settings = runs.settings_of(config, ("transformer", "data"), str(dtype), content)
     settings["the RQ-VAE"] = drr.code_fingerprint(vae)
     states.lock()
     online = c.soft_labels or c.stochastic_codes               # these need z, which is too large to store
@@ -164,7 +165,7 @@ def main():
         cache = data.cached_codes(views, vae, out / "codes", device, dtype)        # (1 or 2, M, N, D)
     elif config.data.in_memory:
         views.load(device)
-    val = validation_codes(args.data, vae, classes, out, c, device, dtype)
+    val = validation_codes(args.data, vae, classes, c, device, dtype)
 
     # --- model ----------------------------------------------------------------------------------------------
     torch.manual_seed(config.data.seed)      # the initial weights; nothing else draws from it

@@ -2,6 +2,7 @@
 import atexit
 import contextlib
 import difflib
+import errno
 import math
 import os
 import re
@@ -256,6 +257,12 @@ def explain(error):
     return None
 
 
+def of_the_system(error):
+    """Whether an exception met in reading a file is the system's (permission, I/O, memory) and says nothing
+    about what is in the file. EINVAL does: it comes of a damaged header that points before the beginning."""
+    return isinstance(error, MemoryError) or getattr(error, "errno", None) not in (None, errno.EINVAL)
+
+
 # === Devices and precisions =================================================================================
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -324,13 +331,14 @@ def autocast(device, dtype):
 
 
 # === Pictures: files <-> uint8 and float images =============================================================
-EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
+EXTENSIONS = {*".jpg .jpeg .jpe .jfif .mpo .png .webp .avif .bmp .dib .gif .tif .tiff .tga .qoi".split(),
+              *".jp2 .j2k .jpx .ppm .pgm .pbm .pnm".split()}
 
 
 def open_image(path, background="white"):
     """The RGB picture of a path (or of a member of a tar shard), with `background` where it is transparent.
 
-    Raises UserError for a file that is missing, damaged or no image.
+    Raises UserError for a file that is missing, damaged or no image; OSError where the system failed.
     """
     path = path if hasattr(path, "open") else Path(path)
     try:
@@ -351,6 +359,8 @@ def open_image(path, background="white"):
     except UnidentifiedImageError:
         raise UserError(f"{path} is not an image, or its first bytes are damaged.") from None
     except Exception as error:                               # Pillow raises almost anything for a damaged one
+        if of_the_system(error):
+            raise
         raise UserError(f"{path} cannot be read as an image ({error}).") from None
 
 

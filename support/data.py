@@ -1,15 +1,15 @@
-"""Folders or tar shards of images -> batches; each batch is a function of (seed, step) alone.
+"""Folders of images, tar shards or Parquet files -> batches; each batch is a function of (seed, step) alone.
 
 A *view* is one square crop of one file: view 0 is the central square, the others are random crops at random
 scales, the same in every run. A data set is a fixed list of views, so that an image in memory, one decoded by
 a worker process and one whose codes were computed last week are the same.
 """
-import contextlib
 import csv
 import functools
 import hashlib
 import json
 import os
+import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,109 +20,122 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from drr import UserError, code_fingerprint, ranks, replacing
-from support.common import EXTENSIONS, autocast, crop, open_image, to_float
+from support.common import EXTENSIONS, autocast, crop, explain, open_image, to_float
+
+ARCHIVES = (".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".parquet")
+SPLITS = {"train": "train", "val": "validation", "test": "test"}       # our names and the Hugging Face hub's
+OF_A_RUN = re.compile(r"(vae|transformer)(\.csv|\.safetensors|_state_\d+\.pt)")      # what a training writes
 
 
 # === Finding: DIR -> files, labels, classes =================================================================
 class Files:
-    """F images; item i is a Path or, in a tar shard, a shards.Member. Kept in a few arrays: a million Paths
-    are 400 MB, and again in every worker process, because counting references writes to their pages."""
+    """F images; item i is a Path or, of archives, a shards.Picture. The names are kept in an array: a million
+    Paths are 400 MB, and again in every worker process, because counting references writes to their pages."""
 
-    def __init__(self, folders, counts, names, offsets=None, sizes=None):
-        self.folders = folders                               # or shards; `counts`: how many images each holds
-        self.folder_of = np.repeat(np.arange(len(folders), dtype=np.int32), counts)       # (F,)
-        self.names = names                                   # (F,) bytes of a fixed width
-        self.offsets = offsets                               # (F,) where in its shard an image begins
-        if sizes is not None:                                # of shards; else they are asked for below
-            self.sizes = sizes
+    def __init__(self, root, names, table=None):
+        self.root = Path(root)
+        self.names = np.array([os.fsencode(name) for name in names])           # (F,) of a fixed width
+        self.table = table                                   # of archives
 
     def __len__(self):
         return len(self.names)
 
     def __getitem__(self, i):
-        folder = Path(self.folders[self.folder_of[i]])
         name = os.fsdecode(self.names[i])
-        if self.offsets is None:
-            return folder / name
-        from support.shards import Member
-        return Member(folder, name, int(self.offsets[i]), int(self.sizes[i]))
+        if self.table is None:
+            return self.root / name
+        from support.shards import Picture
+        return Picture(self.root, name, self.table, int(i))
 
     @functools.cached_property
-    def sizes(self):
-        """Bytes of each image (F,), asked for in threads because a network disk answers slowly."""
-        def sizes_from(start):
-            return [os.path.getsize(self[i]) for i in range(start, min(start + 1024, len(self)))]
-        with ThreadPoolExecutor() as pool:
-            return np.concatenate(list(pool.map(sizes_from, range(0, len(self), 1024)))).astype(np.int64)
+    def content(self):
+        """A short hash of the names, sizes and (of up to 1,024 images) contents: the same wherever they lie."""
+        def sizes(start):                                    # of an archive's images, their sum
+            some = range(start, min(start + 1024, len(self)))
+            return [os.path.getsize(self[i]) for i in some] if self.table is None else self.table.data.nbytes
+
+        def sample(i):                                       # 64 KiB from the middle
+            with self[i].open("rb") as f:
+                f.seek(max(0, f.seek(0, os.SEEK_END) // 2 - 2 ** 15))
+                return hashlib.sha256(f.read(2 ** 16)).hexdigest()
+
+        with ThreadPoolExecutor() as pool:                   # because a network disk answers slowly
+            found = [*pool.map(sizes, range(0, len(self), 1024)),
+                     *pool.map(sample, range(0, len(self), -(-len(self) // 1024)))]
+        return hashlib.sha256(json.dumps(found).encode() + self.names.tobytes()).hexdigest()[:16]
 
 
-def files_fingerprint(files):
-    """A short hash of the images' names, sizes and folders' names: the same wherever the data set lies."""
-    digest = hashlib.sha256(json.dumps([Path(folder).name for folder in files.folders]).encode())
-    for array in (files.folder_of, files.names, files.sizes):
-        digest.update(array.tobytes())
-    return digest.hexdigest()[:16]
+def files_fingerprint(files, labels, classes):
+    """A short hash of the images, their labels and the classes' names."""
+    text = json.dumps([files.content, labels.tolist(), classes])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def find_images(directory, split="train", index=None):
-    """Images of DIR/split/<class>/* or of the tar shards DIR/split/*.tar (of DIR when there is no DIR/train).
-    Returns the files in a fixed order, their labels (F,) int64 and the class names (without class folders one
-    class, ""). index: a folder to keep the shards' indices in. UserError without images."""
-    root = Path(directory)
-    if not root.is_dir():
+def split_of(directory, split):
+    """(folder, its tar or Parquet files) of a split: of DIR/split; of DIR/data, where files from the Hugging
+    Face hub bear the split's name; for `train` else of DIR itself. (None, []) where there is none."""
+    places = [(split, "*"), ("data", f"{SPLITS[split]}-*")] + [(".", "*")] * (split == "train")
+    for folder, pattern in ((Path(directory) / name, pattern) for name, pattern in places):
+        archives = [p for p in folder.glob(pattern) if p.name[0] != "." and p.name.lower().endswith(ARCHIVES)]
+        if archives or pattern == "*" and folder.is_dir():
+            return folder, sorted(archives)
+    return None, []
+
+
+def find_images(directory, split="train", out=None):
+    """Images of DIR/split/<class>/*, or of the archives DIR/split/*.tar or *.parquet (of DIR when there is no
+    DIR/train). Returns the files in a fixed order, their labels (F,) int64 and the class names (without
+    classes one, ""). UserError without images, and where a training would write to `out` among them."""
+    root, archives = split_of(directory, split)
+    if root is None:
         raise UserError(f"The folder {directory} does not exist; give one that holds images.")
-    if (root / "train").is_dir() or split != "train":
-        root = root / split
-    tars = sorted(root.glob("*.tar"))
-    folders = list(picture_folders(root)) if root.is_dir() else []
-    if tars and folders:
-        raise UserError(f"{root} holds both tar shards and images ({folders[0][0]}); leave one kind only.")
-    if tars:
-        return open_shards(tars, directory, index)
-    if not folders:
-        raise UserError(f"{root} holds no images; expected <class>/*.jpg in it, or just images "
-                        f"({', '.join(sorted(EXTENSIONS))}), or tar shards *.tar.")
-    paths, names = zip(*folders)
-    class_of = [(*Path(path).relative_to(root).parts, "")[0] for path in paths]             # of each folder
-    classes, numbers = np.unique(class_of, return_inverse=True)                             # sorted
-    classes = classes.tolist()
-    if len(classes) > 1 and classes[0] == "":
-        raise UserError(f"{os.path.join(paths[0], os.fsdecode(names[0][0]))} lies beside the class folders; "
-                        "move it into one of them or away.")
-    empty = sorted({p.name for p in root.iterdir() if p.is_dir() and p.name[0] != "."} - {*classes})
-    if empty and classes != [""] and ranks()[0] == 0:
-        print(f"{root}: {len(empty)} folder(s) without images: {', '.join(empty[:8])}", file=sys.stderr)
-    counts = [len(inside) for inside in names]
-    return Files(paths, counts, np.concatenate(names)), np.repeat(numbers, counts), classes
+    unused = []
+    names = list(pictures(root, "", unused, SPLITS if root == Path(directory) else ()))
+    if archives and names:
+        raise UserError(f"{root} holds both {archives[0].name} and images ({names[0]}); leave one kind.")
+    inside = {"", *(name.rpartition("/")[0] for name in names)}
+    if out and os.path.realpath(out) in {os.path.realpath(root / folder) for folder in inside}:
+        raise UserError(f"--out {out} holds images of --data; choose another folder, or the training "
+                        "would see the pictures that it draws itself.")
+    if archives:
+        from support.shards import open_archives
+        table, names, labels, classes = open_archives(archives, [wnid for wnid, _ in class_table(directory)])
+    else:
+        if unused and ranks()[0] == 0:
+            print(f"{root}: not used, as no images: {len(unused)} files or folders, for example "
+                  f"{', '.join(unused[:3])}", file=sys.stderr)
+        if not names:
+            raise UserError(f"{root} holds no images; expected <class>/*.jpg in it, or just images "
+                            f"({', '.join(sorted(EXTENSIONS))}), or *.tar or *.parquet.")
+        table, class_of = None, [name.partition("/")[0] if "/" in name else "" for name in names]
+        classes, labels = np.unique(class_of, return_inverse=True)             # sorted
+        classes = classes.tolist()
+        if len(classes) > 1 and classes[0] == "":
+            raise UserError(f"{root / names[0]} lies beside the class folders; move it into one or away.")
+    if ranks()[0] == 0:
+        shown = len(classes) if len(classes) > 8 else ", ".join(classes) or "none"
+        print(f"{root}: {len(names)} images; classes: {shown}", file=sys.stderr)
+    return Files(root, names, table), labels, classes
 
 
-def picture_folders(folder, above=()):
-    """Yields (path, names of its images as an array of bytes) for the folder and those below it, sorted, but
-    not those that begin with a dot. `above`: the folders on the way; links back to them are ignored."""
+def pictures(root, inside, unused, splits=(), above=()):
+    """Yields the images in the folder root/inside and those below it, sorted, as "inside/name", but not those
+    in folders that begin with a dot, hold a training's output, or are `splits` beside the classes. What is no
+    image goes to the list `unused`. `above`: the folders on the way; links back to them are ignored."""
+    folder = os.path.join(root, inside)
     above = (*above, os.path.realpath(folder))
     entries = sorted((e for e in os.scandir(folder) if e.name[0] != "."), key=lambda entry: entry.name)
-    names = [os.fsencode(entry.name) for entry in entries
-             if os.path.splitext(entry.name)[1].lower() in EXTENSIONS and entry.is_file()]
-    if names:
-        yield os.fspath(folder), np.array(names)
+    if not entries or any(OF_A_RUN.fullmatch(entry.name) for entry in entries):
+        unused.append(folder)
+        return
     for entry in entries:
-        if entry.is_dir() and os.path.realpath(entry.path) not in above:
-            yield from picture_folders(entry.path, above)
-
-
-def open_shards(paths, directory, index):
-    """`find_images` of tar shards; the classes are the wnids of DIR/classes.tsv or else "0", "1", ..."""
-    from support.shards import index_shards
-    found = index_shards(paths, index)
-    columns = {key: np.concatenate([found[path][key] for path in paths]) for key in found[paths[0]]}
-    labels = columns.pop("labels")
-    if not len(labels):
-        raise UserError(f"The {len(paths)} tar shards of {paths[0].parent} hold no images.")
-    classes = [wnid for wnid, _ in class_table(directory)] or [str(i) for i in range(labels.max() + 1)]
-    if labels.max() >= len(classes):
-        raise UserError(f"The shards of {paths[0].parent} name class {labels.max()}, but {directory} has a "
-                        f"classes.tsv of {len(classes)} lines, for 0 to {len(classes) - 1}; add the others.")
-    return Files([str(p) for p in paths], [len(found[p]["names"]) for p in paths], **columns), labels, classes
+        if os.path.splitext(entry.name)[1].lower() in EXTENSIONS and entry.is_file():
+            yield inside + entry.name
+        elif entry.name != "classes.tsv" and not entry.is_dir():               # a link to nothing, too
+            unused.append(entry.path)
+    for entry in entries:
+        if entry.name not in splits and entry.is_dir() and os.path.realpath(entry.path) not in above:
+            yield from pictures(root, f"{inside}{entry.name}/", unused, (), above)
 
 
 def class_table(directory):
@@ -131,7 +144,8 @@ def class_table(directory):
     if not path.exists():
         return []
     try:
-        rows = csv.DictReader(path.read_text("utf-8").splitlines(), delimiter="\t", quoting=csv.QUOTE_NONE)
+        lines = path.read_text("utf-8-sig").splitlines()
+        rows = csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
         table = [(row["wnid"], row["name"]) for row in rows]
     except (UnicodeDecodeError, KeyError):
         table = []
@@ -151,6 +165,11 @@ def class_titles(directory, classes):
 def file_seed(path, seed):
     """The seed of a file's random crops: files of the same name, in whatever folder, have the same."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{path.name}".encode()).digest()[:7], "big")
+
+
+@functools.lru_cache(2)                                      # a batch may lie in two epochs
+def epoch_order(seed, epoch, n):
+    return np.random.default_rng([seed, epoch, n]).permutation(n).astype(np.int32)
 
 
 class Views(torch.utils.data.Dataset):
@@ -180,13 +199,14 @@ class Views(torch.utils.data.Dataset):
         self.set_probabilities()
 
     def set_probabilities(self):
-        """Sets `cdf` (M,): the probability of drawing each view or one before it."""
+        """Sets `cdf` (M,), the probability of drawing each view or one before it, and `alike`."""
         # P(class) ~ class_weight * n_c^(1 - balance), shared equally by the views of the class.
         classes = len(self.class_weight)
         files = np.bincount(self.labels[self.crop_of == 0], minlength=classes)           # n_c
         views = np.bincount(self.labels, minlength=classes)
         weight = (self.class_weight * files ** (1.0 - self.c.balance) / np.maximum(views, 1))[self.labels]
         self.cdf = np.cumsum(weight / weight.sum())
+        self.alike = bool((weight == weight[:1]).all())      # all views are equally probable
 
     def select(self, chosen):
         """Drops all views but those marked in `chosen` (M,) bool; `files` stays as it is."""
@@ -250,8 +270,14 @@ class Views(torch.utils.data.Dataset):
     def draw(self, step):
         """Which views make up the batch of a step (B,), and which of them are mirrored (B,)."""
         rng = np.random.default_rng([self.c.seed, step])
-        views = np.searchsorted(self.cdf, rng.random(self.batch_size), side="right").clip(max=len(self) - 1)
-        return views, (rng.random(self.batch_size) < 0.5) & self.c.flip
+        uniforms = rng.random((2, self.batch_size))
+        if self.alike:                                       # in epochs, each with an order of its own
+            epoch, place = np.divmod(step * self.batch_size + np.arange(self.batch_size), len(self))
+            orders = [epoch_order(self.c.seed, e, len(self))[place[epoch == e]] for e in np.unique(epoch)]
+            views = np.concatenate(orders)
+        else:
+            views = np.searchsorted(self.cdf, uniforms[0], side="right").clip(max=len(self) - 1)
+        return views, (uniforms[1] < 0.5) & self.c.flip
 
     def readable(self, i):
         """(index, image) of view i or, if its file cannot be read, of the next readable file's first view."""
@@ -269,7 +295,10 @@ class Views(torch.utils.data.Dataset):
         if self.images is not None:
             images = self.images[torch.from_numpy(drawn)]
         else:
-            views, images = zip(*map(self.readable, drawn))
+            try:
+                views, images = zip(*map(self.readable, drawn))
+            except OSError as error:                         # of a worker it would arrive without its number
+                raise UserError(explain(error)) from None
             views = np.array(views)
             images = torch.stack(images)
         flips = torch.from_numpy(flips).to(images.device)
@@ -284,23 +313,28 @@ class Views(torch.utils.data.Dataset):
                                                 num_workers=self.c.workers))
 
 
-def validation_images(directory, size, count, classes, index=None):
+def validation_images(directory, size, count, classes):
     """Up to `count` central crops of DIR/val, spread over it, uint8 (B, 3, S, S), and labels, indices of
     `classes` (all 0 where those are [""]); (None, None) without DIR/val, UserError where it has none of them.
-    index: as in `find_images`."""
-    if not (Path(directory) / "val").is_dir():
+    """
+    if split_of(directory, "val")[0] is None:
         return None, None
-    files, labels, names = find_images(directory, "val", index)
+    files, labels, names = find_images(directory, "val")
     number = dict.fromkeys(names, 0) if classes == [""] else {name: i for i, name in enumerate(classes)}
     known = [i for i in range(len(files)) if names[labels[i]] in number]
-    found = []                                               # (image, label)
+    found, damaged = [], 0                                   # (image, label)
     for k in np.linspace(0, len(known) - 1, min(count, len(known))).astype(int):
-        with contextlib.suppress(UserError):                 # a damaged file is not fatal here either
+        try:
             image = crop(open_image(files[known[k]]), size)
             found.append((image, number[names[labels[known[k]]]]))
+        except UserError:                                    # a damaged file is not fatal here either
+            damaged += 1
     if not found:
         raise UserError(f"{directory}/val, with {', '.join(names[:3])}, holds no readable image of the "
                         f"training's classes ({', '.join(classes[:3])}, ...); repair it or move it away.")
+    if len(known) < len(files) or damaged:
+        print(f"{directory}/val: left out {len(files) - len(known)} images of classes that the training "
+              f"lacks and {damaged} that cannot be read")
     images, labels = zip(*found)
     return torch.stack(images), torch.tensor(labels)
 
@@ -314,34 +348,32 @@ def cached_codes(views, vae, directory, device, dtype):
     in a file named by a hash of RQ-VAE, precision and views. Drops unreadable files from `views`. All ranks
     call this together and share the work in a `directory` that all of them see; after an interruption it goes
     on where it stopped, with any number of ranks. UserError for a damaged cache."""
-    content = [code_fingerprint(vae), str(dtype), views.size, views.c.seed, views.c.flip,
-               files_fingerprint(views.files)]
+    content = [code_fingerprint(vae), str(dtype), views.size, views.c.seed, views.c.flip, views.files.content]
     digest = hashlib.sha256(json.dumps(content).encode() + views.file_of.tobytes() + views.crop_of.tobytes())
     path = Path(directory) / f"codes-{digest.hexdigest()[:16]}.npy"
-    index_path = path.with_name(f"{path.stem}-views.npy")
-    if not path.exists():                                    # no rank can finish before all have looked
-        encode_views(views, vae, path, index_path, device, dtype)
+    state_path = path.with_name(f"{path.stem}-files.npy")
+    made = [path.exists()]
+    if ranks()[1] > 1:                                       # a network disk may tell each rank another tale
+        dist.broadcast_object_list(made)
+    if not made[0]:
+        encode_views(views, vae, path, state_path, device, dtype)
     try:
-        index = np.load(index_path)
-        codes = np.load(path, mmap_mode="r")
+        codes, state = (np.load(file, mmap_mode="r") for file in (path, state_path))
     except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"The token cache {path} with {index_path.name} is damaged ({error}); delete both, "
+        raise UserError(f"The token cache {path} with {state_path.name} is damaged ({error}); delete both, "
                         "and they will be made again.") from None
-    views.select(np.isin(np.arange(len(views)), index))      # without the unreadable ones
-    return codes
+    good = state[views.file_of] == ENCODED
+    views.report(np.flatnonzero(~good & (views.crop_of == 0)))
+    views.select(good)
+    return codes if good.all() else codes[:, good]           # in memory then: 1 GB for a million images
 
 
-def encode_views(views, vae, path, index_path, device, dtype):
-    """Writes the codes of the readable views to `path` and the indices of these views to `index_path`."""
+def encode_views(views, vae, path, state_path, device, dtype):
+    """Writes the codes of all views to `path`, and to `state_path` which of the files could be read."""
     part_path = path.with_suffix(".part")
-    state_path = path.with_suffix(".state")
     shape = (1 + views.c.flip, len(views), vae.side ** 2, vae.quantizer.depth)
     rank, world = ranks()
-
-    def barrier():
-        if world > 1:
-            dist.barrier()
-
+    barrier = dist.barrier if world > 1 else lambda: None
     if rank == 0 and not (part_path.exists() and state_path.exists()):
         with replacing(state_path) as temporary:             # first: an old state would vouch for zeros
             allocate(temporary, np.uint8, (len(views.files),))
@@ -360,26 +392,14 @@ def encode_views(views, vae, path, index_path, device, dtype):
         codes.flush()                                        # the codes first, then the note that they exist
         state[views.file_of[index]] = ENCODED
         state[views.file_of[bad]] = UNREADABLE
+    state.flush()
     barrier()
     missing = int((state[views.file_of[starts]] == TO_DO).sum())
     if missing:                                              # a network disk may show them late
         raise UserError(f"The codes of {missing} files did not reach {part_path}; compute the cache on one "
                         "machine first, by starting the training there, then start on all.")
-    views.report(starts[state[views.file_of[starts]] == UNREADABLE])
     if rank == 0:
-        good = np.flatnonzero(state[views.file_of] == ENCODED)
-        with replacing(index_path) as temporary, open(temporary, "wb") as f:
-            np.save(f, good)
-        if len(good) == len(views):
-            os.replace(part_path, path)
-        else:                                                # close the gaps, by blocks to save memory
-            with replacing(path) as temporary:
-                dense = allocate(temporary, np.uint16, (shape[0], len(good), *shape[2:]))
-                for i in range(0, len(good), 8192):
-                    dense[:, i:i + 8192] = codes[:, good[i:i + 8192]]
-                dense.flush()
-            part_path.unlink()
-        state_path.unlink()
+        os.replace(part_path, path)
     barrier()
 
 

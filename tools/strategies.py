@@ -8,6 +8,7 @@ clearly after revision. `plain_decode` is the slow, readable version: the fast o
 import math
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 
 import drr
@@ -74,8 +75,8 @@ def decode(model, cond, noise, c, codes=None, region=None, update=drr.update):
             ramp = t / max(1, len(sets) - 1)                                               # 0 .. 1
             sampling = sampling._replace(guidance=1 + ramp * (c.draft_guidance - 1))
         if c.draft_pool < 1:
-            state = update_likeliest(model, state, inside[0], positions.shape[1], c.draft_pool, uniforms[0],
-                                     cond, sampling, update)
+            state = update_likeliest(model, state, inside[0], positions.shape[1], c.draft_pool,
+                                     fresh(uniforms[0], t), cond, sampling, update)
         else:
             state = update(model, state, positions, uniforms[0], cond, sampling)
         yield state
@@ -121,6 +122,20 @@ def growing_partition(order, T):
     T = min(T, n)
     ends = [max(t, round(n * (1 - math.cos(math.pi / 2 * t / T)))) for t in range(1, T)]
     return list(order.tensor_split(ends, dim=1))
+
+
+def fresh(uniforms, t):
+    """The uniforms (B, N, D) of the t-th update: those that are given for t = 0, then others.
+
+    Top-C draws a stack that stays hidden again and again, and only because each draw is a new one do likely
+    codes pile up. The noise of a decode is drawn before it begins, from an image's number alone; so that this
+    stays so, the new noise of an image is seeded with some of its old.
+    """
+    if t == 0:
+        return uniforms
+    seeds = (uniforms.flatten(1)[:, :4] * 2 ** 24).long().tolist()                         # (B, 4), exact
+    drawn = [np.random.default_rng([t, *seed]).random(uniforms.shape[1:], np.float32) for seed in seeds]
+    return torch.from_numpy(np.stack(drawn)).to(uniforms.device)
 
 
 def update_likeliest(model, state, order, count, pool, uniforms, cond, sampling, update=drr.update):

@@ -9,6 +9,7 @@ numbers compare models of this project with each other, and with nothing else.
 import argparse
 import json
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,9 +17,10 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
+from drr import UserError, replacing
+from sample import check_writable
 from support import data
 from support.common import add_device_arguments, load_config, pick_device, run, to_float
-from drr import UserError, replacing
 
 SIZE, WIDTHS, FEATURES = 32, (48, 96, 192), 64
 
@@ -75,6 +77,7 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     add_device_arguments(parser)
     args = parser.parse_args()
+    check_writable(Path(args.out), ".pt2")
     device, dtype = pick_device(args)
     files, labels, names = data.find_images(args.data)
     many = np.bincount(labels) >= 100
