@@ -29,7 +29,7 @@ def pytest_configure(config):
 
 def pytest_collection_modifyitems(items):
     """The longest files first, so that two workers finish at about the same time."""
-    longest = [f"test_{name}.py" for name in "training ranks scripts export evaluate mistakes".split()]
+    longest = [f"test_{name}.py" for name in "training ranks study scripts evaluate export".split()]
     items.sort(key=lambda item: [*longest, item.path.name].index(item.path.name))
 
 
