@@ -1,12 +1,14 @@
-"""What the tests share: the path to the scripts, small configurations, small models."""
+"""What the tests share: the path to the scripts, small configurations, small models, a short training."""
 import json
 import os
+import shutil
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
-if "PYTEST_XDIST_WORKER" in os.environ:       # several workers share the cores: one thread each, and their children
-    os.environ["OMP_NUM_THREADS"] = "1"
+if "PYTEST_XDIST_WORKER" in os.environ:      # several workers share the cores: one thread each
+    os.environ["OMP_NUM_THREADS"] = "1"      # of their children, too
 
 import pytest
 import torch
@@ -17,15 +19,18 @@ sys.path.insert(0, str(REPO))
 sys.dont_write_bytecode = True
 
 import drr  # after the path to it
+import processes
+from processes import PHOTOS, STAGES
 
 
 def pytest_configure(config):
-    config.option.loadscopereorder = False    # pytest-xdist: not the files with the most tests first, but as below
+    config.option.loadscopereorder = False   # pytest-xdist: not the files with the most tests first
 
 
 def pytest_collection_modifyitems(items):
     """The longest files first, so that two workers finish at about the same time."""
-    items.sort(key=lambda item: item.path.name not in ("test_scripts.py", "test_training.py"))
+    longest = [f"test_{name}.py" for name in "training ranks study scripts evaluate export".split()]
+    items.sort(key=lambda item: [*longest, item.path.name].index(item.path.name))
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -35,8 +40,8 @@ def two_threads():
 
 def vae_section(**changes):
     """A section `vae` of the sizes of fixtures/rqvae.safetensors."""
-    values = dict(resolution=32, ch=32, ch_mult=[1, 2, 2], num_res_blocks=1, attn_resolutions=[8], z_channels=32,
-                  code_dim=32, codebook_size=64, depth=4, ema_decay=0.99, upscale=1)
+    values = dict(resolution=32, ch=32, ch_mult=[1, 2, 2], num_res_blocks=1, attn_resolutions=[8],
+                  z_channels=32, code_dim=32, codebook_size=64, depth=4, ema_decay=0.99, upscale=1)
     return SimpleNamespace(**{**values, **changes})
 
 
@@ -51,7 +56,8 @@ def sample_section(**changes):
     return SimpleNamespace(**{**values, **changes})
 
 
-def tiny_transformer(positions=16, depth=4, classes=5, codebook_size=24, code_dim=8, seed=0, std=0.2, **changes):
+def tiny_transformer(positions=16, depth=4, classes=5, codebook_size=24, code_dim=8, seed=0, std=0.2,
+                     **changes):
     """A transformer with weights large enough that every input matters visibly."""
     generator = torch.Generator().manual_seed(seed)
     codebook = torch.randn(codebook_size, code_dim, generator=generator)
@@ -65,8 +71,8 @@ def tiny_transformer(positions=16, depth=4, classes=5, codebook_size=24, code_di
 
 def torch_model(transformer):
     """The model as the decoding loop sees it, without an RQ-VAE."""
-    return SimpleNamespace(transformer=transformer, context=transformer.context, depth_step=transformer.depth_step,
-                           null=transformer.null, positions=transformer.positions, depth=transformer.depth)
+    names = ("context", "depth_step", "null", "positions", "depth")
+    return SimpleNamespace(transformer=transformer, **{name: getattr(transformer, name) for name in names})
 
 
 def teacher_forced(transformer, codes, hidden, positions, cond, guidance, temperature):
@@ -87,7 +93,7 @@ def random_codes(*shape, codebook_size=24, seed=0):
 
 
 class FeatureNet(torch.nn.Module):
-    """images (B, 3, S, S) -> six features, four logits: simple ones, for tools/evaluate.py and tools/study.py."""
+    """images (B, 3, S, S) -> six features, four logits: for tools/evaluate.py and tools/study.py."""
 
     def forward(self, images):
         features = torch.cat([images.mean((2, 3)), images.std((2, 3))], 1)
@@ -103,3 +109,47 @@ def feature_net(tmp_path_factory):
     about = {"classes": ["n02814860", "n09332890", "n09472597", "n11939491"], "size": 32}
     torch.export.save(program, path, extra_files={"about.json": json.dumps(about)})
     return path
+
+
+# === A short run of either stage ============================================================================
+def arguments_for(stage, vae, out, *more):
+    """Six steps, the adversary's first the third; each is logged, the state of every other is saved."""
+    short = ["steps=6", "warmup=3", "save_every=2", "log_every=1", "batch_size=8"]
+    if stage == "vae":       # no decay: the first steps are those of a shorter run, too
+        short += ["micro_batch=4", "decay=false", "picture_every=4", "quantize_start=1", "disc_start=2"]
+    else:
+        more = ("--vae", vae, *more)
+    return ("smoke", "--data", PHOTOS, "--out", out, "--precision", "fp32",
+            *(f"{stage}.{setting}" for setting in short), *more)
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory):
+    """The folder of whole/STAGE, such runs from beginning to end. Of each also: what it printed, seconds."""
+    folder, printed, seconds = tmp_path_factory.mktemp("whole"), {}, {}
+    processes.server()       # its start is not the run's
+    for stage in STAGES:
+        start = time.time()
+        out = folder / stage
+        done = processes.train(stage, *arguments_for(stage, folder / "vae" / "vae.safetensors", out))
+        printed[stage] = processes.finished(done).output
+        seconds[stage] = time.time() - start
+    return SimpleNamespace(folder=folder, vae=folder / "vae", transformer=folder / "transformer",
+                           printed=printed, seconds=seconds)
+
+
+@pytest.fixture
+def arguments(whole):
+    """arguments(stage, out, ...): such a run; what is given later counts."""
+    return lambda stage, *rest: arguments_for(stage, whole.vae / "vae.safetensors", *rest)
+
+
+@pytest.fixture
+def resume(whole, arguments, tmp_path):
+    """resume(stage, ...) goes on with a copy of those runs, whose folder is resume.out."""
+    def call(stage, *more, **options):
+        return processes.train(stage, *arguments(stage, call.out, "--resume", *more), **options)
+    call.out = tmp_path / "run"
+    for stage in STAGES:
+        shutil.copytree(whole.folder / stage, call.out, dirs_exist_ok=True)
+    return call

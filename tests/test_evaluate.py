@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import TESTS
 from PIL import Image
-from processes import torchrun
+from processes import execute
 
 import drr
 from support import common
@@ -237,9 +237,8 @@ def test_two_ranks_draw_what_one_draws_and_one_reads_the_reference(call, tmp_pat
     torch.set_num_threads(1)
     one = call(*command, "one")
     torch.set_num_threads(threads)
-    two = torchrun(2, "tools.evaluate", *command, "two", cwd=tmp_path, wrapper=(
-        "import os, torch, support.data\ntorch.set_num_threads(1)\n"
-        "if os.environ['RANK'] == '1':\n    support.data.find_images = None"))
+    two = execute("tools.evaluate", *command, "two", cwd=tmp_path, ranks=2, before=(
+        "import os, support.data\nif os.environ['RANK'] == '1':\n    support.data.find_images = None"))
     assert two.returncode == 0, two.output
     assert parts_of(tmp_path / "two") == parts_of(tmp_path / "one")
     assert numbers(SimpleNamespace(stdout=two.output))["FID-like"] == numbers(one)["FID-like"]
