@@ -2,8 +2,9 @@
 
 A *view* is one square crop of one file: view 0 is the central square, the others are random crops at random
 scales, the same in every run. A data set is a fixed list of views, so that an image in memory, one decoded by
-a worker process and one whose codes were computed last week are the same.
+a thread and one whose codes were computed last week are the same.
 """
+import collections
 import contextlib
 import csv
 import functools
@@ -26,7 +27,7 @@ from support.common import EXTENSIONS, autocast, crop, open_image, to_float
 # === Finding: DIR -> files, labels, classes =================================================================
 class Files:
     """F images; item i is a Path or, in a tar shard, a shards.Member. Kept in a few arrays: a million Paths
-    are 400 MB, and again in every worker process, because counting references writes to their pages."""
+    would be 400 MB."""
 
     def __init__(self, folders, counts, names, offsets=None, sizes=None):
         self.folders = folders                               # or shards; `counts`: how many images each holds
@@ -201,7 +202,8 @@ class Views(torch.utils.data.Dataset):
     def read(self, i, picture=None):
         """View i, uint8 (3, S, S), of its file or of the file's picture if that is open already."""
         path = self.files[self.file_of[i]]
-        return crop(picture or open_image(path), self.size, self.crop_of[i], file_seed(path, self.c.seed))
+        picture = picture or open_image(path)
+        return crop(picture, self.size, self.crop_of[i], file_seed(path, self.c.seed), self.c.crop_scale)
 
     def read_all(self, starts, doing):
         """Decodes files, given by their first views, in threads: the next block while the caller is busy with
@@ -277,11 +279,17 @@ class Views(torch.utils.data.Dataset):
         return images, torch.from_numpy(self.labels[views]), int((views != drawn).sum())
 
     def batches(self, start, stop):
-        """The batches of steps start .. stop - 1, decoded ahead in worker processes unless in memory."""
-        if self.images is not None:
-            return (self[step] for step in range(start, stop))
-        return iter(torch.utils.data.DataLoader(self, batch_size=None, sampler=range(start, stop),
-                                                num_workers=self.c.workers))
+        """Yields the batches of steps start .. stop - 1, decoded ahead in threads unless in memory."""
+        if self.images is not None or not self.c.workers:
+            yield from (self[step] for step in range(start, stop))
+            return
+        with ThreadPoolExecutor(self.c.workers) as pool:     # Pillow decodes and resizes beside each other
+            ahead = collections.deque()
+            for step in range(start, stop):
+                ahead.append(pool.submit(self.__getitem__, step))
+                if len(ahead) > 2 * self.c.workers:
+                    yield ahead.popleft().result()
+            yield from (batch.result() for batch in ahead)
 
 
 def validation_images(directory, size, count, classes, index=None):
@@ -314,7 +322,7 @@ def cached_codes(views, vae, directory, device, dtype):
     in a file named by a hash of RQ-VAE, precision and views. Drops unreadable files from `views`. All ranks
     call this together and share the work in a `directory` that all of them see; after an interruption it goes
     on where it stopped, with any number of ranks. UserError for a damaged cache."""
-    content = [code_fingerprint(vae), str(dtype), views.size, views.c.seed, views.c.flip,
+    content = [code_fingerprint(vae), str(dtype), views.size, views.c.seed, views.c.flip, views.c.crop_scale,
                files_fingerprint(views.files)]
     digest = hashlib.sha256(json.dumps(content).encode() + views.file_of.tobytes() + views.crop_of.tobytes())
     path = Path(directory) / f"codes-{digest.hexdigest()[:16]}.npy"

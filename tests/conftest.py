@@ -36,7 +36,7 @@ def two_threads():
 def vae_section(**changes):
     """A section `vae` of the sizes of fixtures/rqvae.safetensors."""
     values = dict(resolution=32, ch=32, ch_mult=[1, 2, 2], num_res_blocks=1, attn_resolutions=[8], z_channels=32,
-                  code_dim=32, codebook_size=64, depth=4, ema_decay=0.99)
+                  code_dim=32, codebook_size=64, depth=4, ema_decay=0.99, upscale=1)
     return SimpleNamespace(**{**values, **changes})
 
 

@@ -54,7 +54,8 @@ def lay_out(directory, files):
 
 
 def data_section(**changes):
-    values = dict(views=1, class_views=1, flip=True, balance=0, favour_class="", favour=1, workers=2, seed=0)
+    values = dict(views=1, class_views=1, flip=True, balance=0, favour_class="", favour=1, workers=2, seed=0,
+                  crop_scale=0.6)
     return SimpleNamespace(**(values | changes))
 
 

@@ -185,7 +185,7 @@ MISTAKES = [
     (VAE_DATA, "vae.lr", [f"vae.lr={value}" for value in (
         "fast", "", "[1]", "-1", "nan", ".nan", "inf", ".inf", "1e999", "{a:1}")]),
     (VAE_DATA, "vae.steps", [f"vae.steps={value}" for value in ("1.5", "-1", "nan", ".inf", "true", "0")]),
-    (VAE_DATA, "vae.restart", ["vae.restart=2", "vae.restart=maybe"]),
+    (VAE_DATA, "vae.decay", ["vae.decay=2", "vae.decay=maybe"]),
     (VAE_DATA, "vae.ch_mult", [f"vae.ch_mult={value}" for value in ("3", "[]", "[1,a]", "[1.5]", "[[1]]")]),
     (VAE_DATA, "vae.betas", ["vae.betas=[nan,1]", "vae.betas=[0.5]", "vae.betas=[0.5,1]"]),
     (VAE_DATA, "vae.loss", ["vae.loss=huber", "vae.loss=[mse]"]),
