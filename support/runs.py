@@ -258,10 +258,6 @@ def refuse_replacing(weights, force):
         raise UserError(f"{weights} is there already; add --force to replace it, or choose another --out.")
 
 
-def step_of(path):
-    return int(path.stem.rpartition("_")[2])
-
-
 class States:
     """The training states of one stage in a folder: saves them, keeps the newest, finds the one to resume.
     Made before the work on the data, which may take hours: raises UserError where there is nothing to resume,
@@ -279,10 +275,13 @@ class States:
             raise UserError(f"There is nothing to resume: {out}/{stage}_state_*.pt does not exist; start "
                             "without --resume.")
         if earlier and not args.resume and not args.force:
-            raise UserError(f"{out} holds a training up to step {step_of(earlier[-1])}; add --resume to go "
-                            "on with it or --force to start over, or choose another --out.")
+            raise UserError(f"{out} holds a training up to step {int(earlier[-1].stem[-9:])}; add --resume to "
+                            "go on with it or --force to start over, or choose another --out.")
         if not args.resume:
             refuse_replacing(out / f"{stage}.safetensors", args.force)
+
+    def path(self, step):
+        return self.out / f"{self.stage}_state_{step:09d}.pt"
 
     def files(self):                           # oldest first
         return sorted(self.out.glob(f"{self.stage}_state_{9 * '[0-9]'}.pt"))
@@ -298,6 +297,10 @@ class States:
             self.locked.acquire(timeout=0)
         except Timeout:
             raise UserError(f"Another training is at work in {self.out}; choose another --out.") from None
+        except (OSError, NotImplementedError) as error:
+            if isinstance(error, PermissionError):
+                raise
+            print(f"WARNING: {self.out}, on a disk without locks, is not guarded against a second training")
         for path in [] if self.args.resume else self.files():
             path.replace(f"{path}.old")
             print(f"starting over: until the first new state is saved, that of before is called {path}.old")
@@ -316,7 +319,7 @@ class States:
 
     def save(self, step):
         """Writes the state, on rank 0, and removes the oldest. Raises UserError when the disk is full."""
-        path = self.out / f"{self.stage}_state_{step:09d}.pt"
+        path = self.path(step)
         states = {name: self.state(name, part) for name, part in self.parts.items()}
         before, self.saved = self.saved, [*self.saved, path][-self.keep:]
         if ranks()[0] > 0:
@@ -329,7 +332,7 @@ class States:
     def good(self, step):
         """Where to go on from if the step after `step` others fails, as words: from the newest state that a
         step of this run has succeeded from. One that no step has is what led to the failure."""
-        tried = [path for path in self.saved if step_of(path) < step]
+        tried = [path for path in self.saved if path < self.path(step)]
         if tried and tried[-1] != self.saved[-1]:
             return f"delete {self.saved[-1].name}, which leads there: {tried[-1]}"
         return tried[-1] if tried else None
