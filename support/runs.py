@@ -275,8 +275,9 @@ class States:
             raise UserError(f"There is nothing to resume: {out}/{stage}_state_*.pt does not exist; start "
                             "without --resume.")
         if earlier and not args.resume and not args.force:
-            raise UserError(f"{out} holds a training up to step {int(earlier[-1].stem[-9:])}; add --resume to "
-                            "go on with it or --force to start over, or choose another --out.")
+            step = int(earlier[-1].stem[-9:])
+            raise UserError(f"{out} holds a training up to step {step}; add --resume to go on with it or "
+                            "--force to start over, or choose another --out.")
         if not args.resume:
             refuse_replacing(out / f"{stage}.safetensors", args.force)
 
