@@ -89,12 +89,10 @@ class ResidualQuantizer(nn.Module):
         return F.embedding(codes, self.codebook)
 
     @torch.no_grad()
-    def update_codebook(self, vectors, codes, generator=None):
+    def update_codebook(self, vectors, codes, generator=None, least=1.0):
         """One step of the moving averages (van den Oord et al. 2017, appendix A.1), with Laplace smoothing;
-        all ranks together. vectors (P, n_z) are represented by codes (P,). Codes with an average count < 1
-        restart from vectors that are drawn with `generator` (on the CPU), if there is one."""
-        # DEVIATION: the official code does this after every depth, so that in training its z_hat no longer
-        # belongs to its codes. One call a step, on the residuals of all depths, is simpler and consistent.
+        all ranks together. vectors (P, n_z), what one depth had to quantize, chose codes (P,). Codes with an
+        average count < `least` restart with it from vectors drawn by `generator`, if given (on the CPU)."""
         K, eps = len(self.codebook), 1e-5
         vectors = vectors.detach().float()
         count = torch.bincount(codes, minlength=K).float()                         # (K,)
@@ -104,8 +102,8 @@ class ResidualQuantizer(nn.Module):
             # A vector for each code. Rank r holds r P .. r P + P - 1 of the whole batch and gives those
             # that are drawn; the sum over the ranks has all, as one process with the whole batch draws them.
             P = len(vectors)
-            source = torch.randint(world * P, (K,), generator=generator).to(vectors.device)
-            fresh = vectors[source % P] * (source // P == rank)[:, None]           # (K, n_z)
+            source = torch.randperm(max(world * P, K), generator=generator)[:K].to(vectors.device)
+            fresh = vectors[source % P] * (source // P % world == rank)[:, None]   # (K, n_z)
             if world > 1:
                 dist.all_reduce(fresh)
             if world * P < K:                       # some codes get the same vector: move them apart a little
@@ -117,9 +115,9 @@ class ResidualQuantizer(nn.Module):
         self.cluster_size.lerp_(count, 1 - self.ema_decay)         # n_k <- decay n_k + (1 - decay) count_k
         self.embed_sum.lerp_(total, 1 - self.ema_decay)            # s_k <- decay s_k + (1 - decay) total_k
         if generator is not None:
-            dead = self.cluster_size < 1
-            self.cluster_size.masked_fill_(dead, 1)
-            self.embed_sum.copy_(torch.where(dead[:, None], fresh, self.embed_sum))
+            dead = self.cluster_size < least
+            self.cluster_size.masked_fill_(dead, least)
+            self.embed_sum.copy_(torch.where(dead[:, None], least * fresh, self.embed_sum))
         n = self.cluster_size.sum()
         smoothed = n * (self.cluster_size + eps) / (n + K * eps)
         self.codebook.copy_(self.embed_sum / smoothed[:, None])    # e(k) <- s_k / n_k
@@ -347,6 +345,7 @@ class Block(nn.Module):
         self.qkv = nn.Linear(d_model, 3 * d_model)
         self.proj = nn.Linear(d_model, d_model)
         self.fc1, self.fc2 = nn.Linear(d_model, 4 * d_model), nn.Linear(4 * d_model, d_model)
+        self.dropout = nn.Dropout(0.0)         # of what is added to x; the training sets its probability
 
     def forward(self, x, causal=False, cache=None, position=0, selected=None):
         """With `cache` (2, B, heads, D, head_dim) x is one token, at `position`: key and value go there, and
@@ -365,8 +364,8 @@ class Block(nn.Module):
             cache[1, :, :, position] = v[:, :, 0]
             k, v = cache[:, :, :, :position + 1].unbind()
         a = attention(q, k, v, causal)
-        x = x + self.proj(a.transpose(1, 2).flatten(2))
-        return x + self.fc2(F.gelu(self.fc1(self.ln2(x))))
+        x = x + self.dropout(self.proj(a.transpose(1, 2).flatten(2)))
+        return x + self.dropout(self.fc2(F.gelu(self.fc1(self.ln2(x)))))
 
     def split_heads(self, y):
         """(B, T, i d_model) -> (B, i heads, T, head_dim)."""
@@ -712,8 +711,7 @@ def former_fingerprints(path, vae):
 
 
 def load_vae(path):
-    """The RQ-VAE in `path` (float32, on the CPU) and its section `vae`. Raises UserError for a file that is
-    missing, damaged, or not an RQ-VAE of this project."""
+    """The RQ-VAE in `path` (float32, on the CPU) and its section `vae`. UserError where it holds none."""
     tensors, meta = read_model(path)
     with explained(path):
         c = SimpleNamespace(**{"upscale": 1} | meta["vae"])        # a key that older files lack
@@ -726,9 +724,6 @@ def load_checkpoint(directory):
     """The model in a folder: vae.safetensors and transformer.safetensors, as the two trainers write them.
     Returns vae, transformer (float32, on the CPU) and info: the sections `vae`, `transformer`, `sample`, and
     the lists `classes` and `titles`. Raises UserError as `load_vae` does, and if the two do not match."""
-    if not Path(directory).is_dir():
-        raise UserError(f"The checkpoint folder {directory} does not exist; give --checkpoint a folder with "
-                        "vae.safetensors and transformer.safetensors, for example runs/PRESET.")
     vae_path, path = (Path(directory) / f"{name}.safetensors" for name in ("vae", "transformer"))
     vae, vae_section = load_vae(vae_path)
     tensors, meta = read_model(path)

@@ -49,33 +49,29 @@ def validation_loss(transformer, codes, cond, seed, dtype):
 
 def save_samples(transformer, vae, c, device, dtype, path):
     """Saves 16 samples as a picture: classes spread over all of them, the same seeds every time."""
-    model = drr.TorchModel(*copy.deepcopy((vae, transformer)), device, dtype)      # it converts what it gets
+    # TorchModel converts what it gets: a copy, that of the weights in no more than the decode's precision.
+    weights = {id(p): torch.nn.Parameter(p.to(device, dtype), False) for p in transformer.parameters()}
+    model = drr.TorchModel(copy.deepcopy(vae), copy.deepcopy(transformer, weights), device, dtype)
     cond = torch.linspace(0, max(0, model.null - 1), 16, device=device).long()[:, None]
     codes = drr.sample(model, cond, 0, range(16), c)                               # (16, N, D)
     save_picture(grid(to_pixels(model.decode(codes)), 4, max(1, 128 // vae.size)), path)
 
 
 # === Set-up: the RQ-VAE, what is trained, codes and conditions ==============================================
-def load_vae(path, beside):
-    """RQ-VAE, its section, its former fingerprints. Raises UserError where another is `beside` the result."""
-    vae, section = drr.load_vae(path)
-    if beside.exists() and drr.code_fingerprint(drr.load_vae(beside)[0]) != drr.code_fingerprint(vae):
-        raise UserError(f"{beside} is another RQ-VAE than {path}; choose another --out.")
-    return vae, section, drr.former_fingerprints(path, vae)
-
-
 def build(c, conditions, vae, weights, device):
     """The transformer with these weights (a path) or random ones, its moving average, its optimizer, and what
     gives rank 0 the whole average, sharded or not; all ranks call that together."""
     codebook = vae.quantizer.codebook.cpu()
     transformer = drr.ContextualRQTransformer(c, conditions, vae.side ** 2, vae.quantizer.depth, codebook)
     transformer.recompute = c.recompute
+    for block in (*transformer.spatial, *transformer.depthwise):
+        block.dropout.p = c.dropout
     if weights:
         drr.fill(transformer, drr.read_model(weights)[0], weights)
     # DEVIATION: a moving average of the weights is the result; the paper does not say that it has one.
     average = copy.deepcopy(transformer).requires_grad_(False).eval()
     if c.shard:
-        whole_average = runs.shard(transformer, average)
+        whole_average = runs.shard(transformer, average, device)
     else:
         transformer.to(device)
         average.to(device)
@@ -86,8 +82,8 @@ def build(c, conditions, vae, weights, device):
 def optimizers(transformer, c):
     """AdamW, and with c.muon_lr Muon for the matrices of the blocks, else None."""
     blocks = [*transformer.spatial.parameters(), *transformer.depthwise.parameters()]
-    # DEVIATION: Muon (Jordan et al. 2024), whose step is the momentum's nearest orthogonal matrix, is ahead of
-    # AdamW at equal time in a short training (docs/training.md). The paper's presets do without.
+    # DEVIATION: Muon (Jordan et al. 2024), whose step is the momentum's nearest orthogonal matrix, is ahead
+    # of AdamW at equal time in a short training (docs/training.md). The paper's presets do without.
     by_muon = [p for p in blocks if p.dim() == 2 and c.muon_lr]
     muon = torch.optim.Muon(by_muon, lr=c.muon_lr, weight_decay=c.weight_decay,
                             adjust_lr_fn="match_rms_adamw") if by_muon else None
@@ -98,36 +94,66 @@ def optimizers(transformer, c):
     return torch.optim.AdamW(groups, lr=c.lr, betas=tuple(c.betas), fused=True), muon
 
 
-def cached_batch(views, cache, step, device):
-    """Labels (B',) and codes (B', N, D) of a step, from the cache (1 or 2, M, N, D)."""
-    index, flips = (drawn[views.rows] for drawn in views.draw(step))
-    codes = cache[flips.astype(int), index].astype(np.int64)
-    return torch.from_numpy(views.labels[index]), torch.from_numpy(codes).to(device)
+def load_data(args, config, vae, states, out, dtype, exact, device):
+    """The Views, their codes (1 or 2, M, N, D) or None if each step encodes its own, codes (B, N, D) and
+    conditions (B, 1) of up to 1,024 images of DIR/val or None, the settings that a resumed run must share,
+    the classes' names and titles. exact: the precision of the codes."""
+    c = config.transformer
+    files, labels, classes = data.find_images(args.data, out=out)
+    if c.cond == "class" and classes == [""]:
+        raise UserError(f"{args.data} names no classes; add folders for them or train with transformer.cond=none.")
+    titles = data.class_titles(args.data, classes)
+    views = data.Views(files, labels, classes, vae.size, c.batch_size, config.data)
+    content = data.files_fingerprint(files, labels, classes)
+    settings = runs.settings_of(config, ("transformer", "data"), str(dtype), content)
+    settings["the RQ-VAE"] = drr.code_fingerprint(vae)
+    states.lock()
+    cache = val = None
+    if not (c.soft_labels or c.stochastic_codes):              # they need z, which is too large to store
+        cache = data.cached_codes(views, vae, out / "codes", device, exact)
+    elif config.data.in_memory:
+        views.load(device)
+    images, labels = data.validation_images(args.data, vae.size, 1024, classes)
+    if images is not None:
+        codes = [data.encode(vae, to_float(x, device), exact) for x in images.split(128)]
+        val = torch.cat(codes), (labels[:, None] * (c.cond == "class")).to(device)
+    return views, cache, val, settings, classes, titles
 
 
-@torch.no_grad()
-def encode_batch(vae, images, c, noise, count, device, dtype):
-    """z, (B' / count, N, n_z) per micro-batch, and codes (B', N, D); `noise` draws stochastic ones."""
-    temperature = c.code_temperature if c.stochastic_codes else 0.0
-    z, codes = [], []
-    for x, uniforms in zip(images.chunk(count), noise.to(device).chunk(count)):
+def batches(views, cache, start, stop):
+    """Yields each step's codes (B', N, D), or its images (B', 3, S, S) where none are cached, and labels."""
+    if cache is None:
+        yield from (batch[:2] for batch in views.batches(start, stop))
+        return
+    for step in range(start, stop):
+        index, flips = (drawn[views.rows] for drawn in views.draw(step))
+        codes = torch.from_numpy(cache[flips.astype(int), index].astype(np.int64))
+        yield codes, torch.from_numpy(views.labels[index])
+
+
+# === A step: codes or images, mask, condition -> gradients ==================================================
+def gradients(forward, vae, c, batch, count, exact, dtype, device):
+    """Adds up the gradients of this rank's part of a step, in `count` micro-batches. batch: codes (B', N, D)
+    or images, masks (B', N), conditions (B', 1), noise of stochastic codes (B', N, D); and how many stacks
+    are hidden on all ranks. Returns {name: (D,)}, to be added up over the ranks, and the codes (B', N, D)."""
+    *batch, n_hidden = batch
+    terms, seen = {}, []
+    for i, (codes, mask, cond, noise) in enumerate(zip(*(x.to(device).chunk(count) for x in batch))):
+        runs.synchronize_gradients([forward], i == count - 1)
+        targets = None                       # the codes
+        if codes.dtype == torch.uint8:
+            with torch.no_grad(), autocast(device, exact):
+                z = vae.encode_latent(to_float(codes, device)).float()             # (B'', N, n_z)
+            codes, _ = vae.quantizer.quantize(z, c.code_temperature if c.stochastic_codes else 0.0, noise)
+            if c.soft_labels:                # (P, D, K)
+                targets = vae.quantizer.soft_codes(z[mask], codes[mask], c.code_temperature)
         with autocast(device, dtype):
-            z.append(vae.encode_latent(to_float(x, device)).float())
-        codes.append(vae.quantizer.quantize(z[-1], temperature, uniforms)[0])
-    return z, torch.cat(codes)
-
-
-def to_cond(labels, c, device):                                                    # (B,) -> (B, 1)
-    return (labels if c.cond == "class" else torch.zeros_like(labels)).to(device)[:, None]
-
-
-def validation_codes(directory, vae, classes, c, device, dtype):
-    """Codes (B, N, D) and conditions (B, 1) of up to 1,024 images in DIR/val; None without any."""
-    images, labels = data.validation_images(directory, vae.size, 1024, classes)
-    if images is None:
-        return None
-    codes = [data.encode(vae, to_float(x, device), dtype) for x in images.split(128)]
-    return torch.cat(codes), to_cond(labels, c, device)
+            loss, accuracy = forward(codes, mask, cond, targets)                   # (D,), means over P stacks
+        share = mask.sum() / n_hidden        # every hidden stack of the step counts the same
+        (loss.mean() * share * drr.ranks()[1]).backward()      # the ranks' gradients are averaged
+        runs.add_up(terms, {"loss": loss * share, "accuracy": accuracy * share}, 1)
+        seen.append(codes)
+    return terms, torch.cat(seen)
 
 
 def main():
@@ -139,75 +165,51 @@ def main():
     c = config.transformer
     out = Path(args.out or f"runs/{args.preset}")
     device, dtype = runs.join_ranks(args)
-    rank, world = drr.ranks()
+    exact = dtype if args.precision == "bf16" else torch.float32       # of codes: as in stage 1
+    rank = drr.ranks()[0]
     if c.cond == "text":
         raise UserError("There is no text data yet; use transformer.cond=class or transformer.cond=none.")
+    if c.muon_lr and c.shard:
+        raise UserError("Muon needs whole matrices; leave transformer.muon_lr or transformer.shard out.")
     rows, count = runs.micro_batches("transformer", c)
     states = runs.States(out, "transformer", args, c.keep)
     beside = out / "vae.safetensors"
-    vae, config.vae, former = load_vae(args.vae or beside, beside)
+    path = args.vae or beside
+    vae, config.vae = drr.load_vae(path)
+    if beside.exists() and drr.code_fingerprint(drr.load_vae(beside)[0]) != drr.code_fingerprint(vae):
+        raise UserError(f"{beside} is another RQ-VAE than {path}; choose another --out.")
     N, D = vae.to(device).side ** 2, vae.quantizer.depth
     how = sampling_values(config, (), N)     # of the pictures; refuses what sample.py would refuse
-
-    # --- data: codes of all images, both ways round; or the images themselves -------------------------------
-    files, labels, classes = data.find_images(args.data, out=out)
-    if c.cond == "class" and classes == [""]:
-        raise UserError(f"{args.data} has no class folders; add them or train with transformer.cond=none.")
-    titles = data.class_titles(args.data, classes)
-    views = data.Views(files, labels, classes, vae.size, c.batch_size, config.data)
+    data_of_run = load_data(args, config, vae, states, out, dtype, exact, device)
+    views, cache, val, settings, classes, titles = data_of_run
     views.rows = rows
-    content = data.files_fingerprint(files, labels, classes)
-    settings = runs.settings_of(config, ("transformer", "data"), str(dtype), content)
-    settings["the RQ-VAE"] = drr.code_fingerprint(vae)
-    states.lock()
-    online = c.soft_labels or c.stochastic_codes               # these need z, which is too large to store
-    if not online:
-        cache = data.cached_codes(views, vae, out / "codes", device, dtype)        # (1 or 2, M, N, D)
-    elif config.data.in_memory:
-        views.load(device)
-    val = validation_codes(args.data, vae, classes, c, device, dtype)
 
     # --- model ----------------------------------------------------------------------------------------------
-    torch.manual_seed(config.data.seed)      # the initial weights; nothing else draws from it
+    torch.manual_seed(config.data.seed)      # the initial weights
     transformer, ema, opt, muon, whole_ema = build(c, drr.conditions(c, classes), vae, args.init, device)
-    start = states.begin({"transformer": transformer, "ema": ema, "opt": opt, "muon": muon}, settings, c.shard)
+    parts = {"transformer": transformer, "ema": ema, "opt": opt, "muon": muon}
+    start = states.begin(parts, settings, c.shard)
     if rank == 0 and not beside.exists():
-        drr.save_vae(beside, vae, config, former)
+        drr.save_vae(beside, vae, config, drr.former_fingerprints(path, vae))
     forward = runs.parallel(torch.compile(transformer) if c.compile else transformer, device, c.shard)
 
     # --- loop -----------------------------------------------------------------------------------------------
     operations = step_operations(transformer)
     log = runs.Log(out, "transformer", transformer, c, start, count, operations, device, dtype)
     stop = runs.StopSignal()
-    batches = views.batches(start, c.steps) if online else None
+    drawn = batches(views, cache, start, c.steps)
     for step in runs.progress("train_transformer", start, c.steps):
         rate = runs.learning_rate(step, c)
         mask_noise, drop_noise, code_noise = training_noise(config.data.seed, step, c.batch_size, N, D)
-        z = count * [None]
-        if online:
-            images, labels, _ = next(batches)
-            z, codes = encode_batch(vae, images, c, code_noise[rows], count, device, dtype)
-        else:
-            labels, codes = cached_batch(views, cache, step, device)               # (B',), (B', N, D)
+        inputs, labels = next(drawn)
         mask = drr.random_mask(mask_noise)   # (B, N), m of the whole batch
-        n_hidden = mask.sum()
-        mask = mask[rows].to(device)         # (B', N), this rank's part
-        kept = drop_noise[rows, None].to(device) >= c.cond_dropout
-        cond = to_cond(labels, c, device).where(kept, transformer.null)            # (B', 1)
-        terms = {}
-        micro = zip(codes.chunk(count), mask.chunk(count), cond.chunk(count), z)
-        for i, (codes_i, mask_i, cond_i, z_i) in enumerate(micro):
-            runs.synchronize_gradients([forward], i == count - 1)
-            targets = None                   # the codes
-            if c.soft_labels:                # (P, D, K)
-                targets = vae.quantizer.soft_codes(z_i[mask_i], codes_i[mask_i], c.code_temperature)
-            with autocast(device, dtype):
-                loss, accuracy = forward(codes_i, mask_i, cond_i, targets)         # (D,), means over P stacks
-            share = mask_i.sum() / n_hidden  # every hidden stack of the step counts the same
-            (loss.mean() * share * world).backward()           # `world`: the ranks' gradients are averaged
-            runs.add_up(terms, {"loss": loss * share, "accuracy": accuracy * share}, 1)
+        kept = drop_noise[rows, None] >= c.cond_dropout
+        cond = (labels[:, None] * (c.cond == "class")).where(kept, transformer.null)       # (B', 1)
+        torch.manual_seed(int(np.random.default_rng([config.data.seed, step, 3, rank]).integers(2 ** 63)))
+        batch = inputs, mask[rows], cond, code_noise[rows], mask.sum()
+        terms, codes = gradients(forward, vae, c, batch, count, exact, dtype, device)
         terms["grad_norm"] = runs.clip(transformer.parameters(), c.grad_clip)
-        stopping = runs.must_stop(stop, terms, step, states.last, "a lower transformer.lr")
+        stopping = runs.must_stop(stop, terms, step, states.good(step), "a lower transformer.lr")
         runs.take_step([opt], rate)
         if muon:
             runs.take_step([muon], rate * c.muon_lr / c.lr)

@@ -59,6 +59,9 @@ class Discriminator(nn.Module):
             width = c_out
         head = nn.Conv2d(width, 1, 3 if kind == "spectral" else 4, 1, 1)
         self.head = spectral_norm(head) if kind == "spectral" else head
+        for module in self.modules() if kind == "patchgan" else []:            # as in the official code
+            if isinstance(module, (nn.Conv2d, nn.BatchNorm2d)):
+                nn.init.normal_(module.weight, float(isinstance(module, nn.BatchNorm2d)), 0.02)
 
     def forward(self, x):
         features = []
@@ -88,10 +91,10 @@ def feature_matching(fake, real):
 
 
 def adaptive_weight(reconstruction, adversarial, last_layer):
-    """lambda = ||grad L_rec|| / (||grad L_gan|| + 1e-6) at the decoder's end (VQGAN Eq. 7), in [0, 1e4]."""
+    """lambda = ||grad L_rec|| / (||grad L_gan|| + 1e-4) at the decoder's end (VQGAN Eq. 7), in [0, 1e4]."""
     rec, gan = (torch.autograd.grad(loss, last_layer, retain_graph=True)[0].norm()
                 for loss in (reconstruction, adversarial))
-    return (rec / (gan + 1e-6)).clamp(0, 1e4).detach()
+    return (rec / (gan + 1e-4)).clamp(0, 1e4).detach()
 
 
 def adversary_share(step, c):
@@ -202,6 +205,21 @@ def step_operations(vae, image, decoder_only):
     return (1 if decoder_only else 3) * encoder.get_total_flops() + 3 * decoder.get_total_flops()
 
 
+def load_data(args, config, size, out, dtype, device):
+    """The Views, the settings that a resumed run must share, and the images (B, 3, S, S) to look at."""
+    files, labels, classes = data.find_images(args.data, out=out)
+    views = data.Views(files, labels, classes, size, config.vae.batch_size, config.data)
+    content = data.files_fingerprint(files, labels, classes)
+    settings = runs.settings_of(config, ("vae", "data"), str(dtype), content)
+    if config.data.in_memory:
+        views.load(device)
+    val, _ = data.validation_images(args.data, size, 512, classes)
+    if val is None:
+        val = views[0][0]
+        print(f"{args.data} has no val: val_psnr is that of {len(val)} pictures of the training")
+    return views, settings, to_float(val, device)
+
+
 def main():
     # --- set-up ---------------------------------------------------------------------------------------------
     parser = runs.arguments(__doc__)
@@ -211,6 +229,8 @@ def main():
     config = load_config(args.preset, args.overrides, ("data", "vae"))
     c = config.vae
     out = Path(args.out or f"runs/{args.preset}")
+    if args.precision == "auto":             # as published: bf16 only on request
+        args.precision = "fp32"
     device, dtype = runs.join_ranks(args)
     if args.official:
         from support.official import convert
@@ -225,21 +245,10 @@ def main():
         from support.perceptual import perceptual_distance
         distance = perceptual_distance(c.perceptual, device)
 
-    # --- data -----------------------------------------------------------------------------------------------
-    files, labels, classes = data.find_images(args.data, out=out)
-    views = data.Views(files, labels, classes, size, c.batch_size, config.data)
-    content = data.files_fingerprint(files, labels, classes)
-    settings = runs.settings_of(config, ("vae", "data"), str(dtype), content)
+    views, settings, val = load_data(args, config, size, out, dtype, device)
+    views.rows = rows
     if given:
         settings["the codes of --decoder-only"] = given
-    if config.data.in_memory:
-        views.load(device)
-    val, _ = data.validation_images(args.data, size, 512, classes)
-    if val is None:
-        val = views[0][0]
-        print(f"{args.data} has no val: val_psnr is that of {len(val)} pictures of the training")
-    val = to_float(val, device)
-    views.rows = rows
 
     # --- model ----------------------------------------------------------------------------------------------
     torch.manual_seed(config.data.seed)      # the initial weights; nothing else draws from it
@@ -250,7 +259,7 @@ def main():
     states.lock()
     start = states.begin(parts, settings)
     if given and drr.code_fingerprint(vae) != given:           # a state that --force let pass
-        raise UserError(f"{states.last} has other codes than {args.decoder_only}; give the file of before.")
+        raise UserError(f"{states.saved[-1]} has other codes than {args.decoder_only}; give the old file.")
     torch._functorch.config.donated_buffer = False             # adaptive_weight goes through the graph twice
     forward = runs.parallel(torch.compile(vae) if c.compile else vae, device)
     hinge = runs.parallel(HingeLoss(disc), device) if disc else None
@@ -283,16 +292,18 @@ def main():
                     part["disc"], part["logits_real"], part["logits_fake"] = hinge(x, recon.detach())
                 (part["disc"] / count).backward()
             runs.add_up(terms, part, count)
-            vectors.append(vae.quantizer.residuals(z, codes).flatten(0, -2))       # (P D, n_z)
-            chosen.append(codes.flatten(0, -2))                                    # (P, D)
+            vectors.append(vae.quantizer.residuals(z, codes).flatten(0, 1))        # (P, D, n_z)
+            chosen.append(codes.flatten(0, 1))                                     # (P, D)
         terms["grad_norm"] = runs.clip(trained, c.grad_clip)
         terms["disc_grad_norm"] = runs.clip(disc.parameters(), 0) if adversarial else terms["disc"]    # or 0
-        stopping = runs.must_stop(stop, terms, step, states.last, "a lower vae.lr")
+        stopping = runs.must_stop(stop, terms, step, states.good(step), "a lower vae.lr")
         runs.take_step([opt, disc_opt] if adversarial else [opt], rate)
-        codes = torch.cat(chosen)
-        if not given:
-            noise = torch.Generator().manual_seed(config.data.seed * 1_000_003 + step)
-            vae.quantizer.update_codebook(torch.cat(vectors), codes.flatten(), noise if c.restart else None)
+        vectors, codes = torch.cat(vectors), torch.cat(chosen)
+        # DEVIATION: the official code updates the codebook between the depths, so that in training its z_hat
+        # no longer belongs to its codes. Here the same updates follow one another after the step.
+        noise = torch.Generator().manual_seed(config.data.seed * 1_000_003 + step)
+        for d in range(0 if given else c.depth):
+            vae.quantizer.update_codebook(vectors[:, d], codes[:, d], noise, c.restart_below)
         runs.update_average(averaged, weights, c.weights_ema, step)
 
         # --- log, look, save --------------------------------------------------------------------------------

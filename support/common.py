@@ -28,9 +28,9 @@ BUNDLED = HERE / "checkpoints" / "tiny-imagenet-32"
 # What a key's value may be: a number in a range, or one of some words. What is not listed here is above 0.
 ALLOWED = {key: allowed for allowed, keys in {
     "from 0": "workers quantize_start commitment_weight perceptual_weight disc_weight disc_start disc_ramp "
-              "disc_layers feature_weight micro_batch warmup grad_clip weight_decay muon_lr",
+              "disc_layers feature_weight micro_batch warmup grad_clip weight_decay muon_lr restart_below",
     "from 0 to 1": "balance ema_decay weights_ema cond_dropout",
-    "from 0 to below 1": "betas",
+    "from 0 to below 1": "betas dropout",
     "from 0 to 4398046511104": "seed",
     "from 0 to 65536": "top_k",
     "from 0 to 1000": "rounds",
@@ -39,7 +39,7 @@ ALLOWED = {key: allowed for allowed, keys in {
     "from 1 to 10000": "views class_views",
     "from 1 to 8": "upscale",
     "from 1 to 65536": "codebook_size",                      # the token cache holds codes as uint16
-    "above 0 to 1": "top_p",
+    "above 0 to 1": "top_p crop_scale",
     "one of mse, l1": "loss",
     "one of lpips, efficientnet": "perceptual",
     "one of patchgan, spectral": "disc",
@@ -235,8 +235,7 @@ def end_rank(status=0):
 
 def explain(error):
     """The sentence for an exception that is not a bug of ours; None for one that is."""
-    # An error in a worker process arrives as the text of its traceback, which ends in the sentence.
-    text = " ".join(str(error).split("drr.UserError: ")[-1].split())
+    text = " ".join(str(error).split())
     if isinstance(error, UserError):
         return text
     if isinstance(error, OSError):
@@ -359,19 +358,20 @@ def open_image(path, background="white"):
         raise UserError(f"{path} cannot be read as an image ({error}).") from None
 
 
-def crop_box(width, height, view, seed):
-    """The square (left, top, side) of a view: 0 is central, the others random, 0.6 to 1 times as wide."""
+def crop_box(width, height, view, seed, smallest=0.6):
+    """The square (left, top, side) of a view: 0 is central, others random, `smallest` to 1 times as wide."""
     short = min(width, height)
     if view == 0:
         return (width - short) / 2, (height - short) / 2, short
     scale, x, y = np.random.default_rng([seed, view]).random(3)
-    side = short * (0.6 + 0.4 * scale)
+    side = short * (smallest + (1 - smallest) * scale)
     return x * (width - side), y * (height - side), side
 
 
-def crop(picture, size, view=0, seed=0):
+def crop(picture, size, view=0, seed=0, smallest=0.6):
     """A view of a PIL picture, resized with antialiasing: uint8 (3, size, size)."""
-    left, top, side = crop_box(*picture.size, view, seed)
+    # DEVIATION: bicubic; the official code resizes with a triangle filter, which is softer.
+    left, top, side = crop_box(*picture.size, view, seed, smallest)
     picture = picture.resize((size, size), Image.BICUBIC, box=(left, top, left + side, top + side))
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()
 

@@ -2,8 +2,9 @@
 
 A *view* is one square crop of one file: view 0 is the central square, the others are random crops at random
 scales, the same in every run. A data set is a fixed list of views, so that an image in memory, one decoded by
-a worker process and one whose codes were computed last week are the same.
+a thread and one whose codes were computed last week are the same.
 """
+import collections
 import csv
 import functools
 import hashlib
@@ -20,7 +21,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from drr import UserError, code_fingerprint, ranks, replacing
-from support.common import EXTENSIONS, autocast, crop, explain, open_image, to_float
+from support.common import EXTENSIONS, autocast, crop, open_image, to_float
 
 ARCHIVES = (".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".parquet")
 SPLITS = {"train": "train", "val": "validation", "test": "test"}       # our names and the Hugging Face hub's
@@ -30,7 +31,7 @@ OF_A_RUN = re.compile(r"(vae|transformer)(\.csv|\.safetensors|_state_\d+\.pt)") 
 # === Finding: DIR -> files, labels, classes =================================================================
 class Files:
     """F images; item i is a Path or, of archives, a shards.Picture. The names are kept in an array: a million
-    Paths are 400 MB, and again in every worker process, because counting references writes to their pages."""
+    Paths would be 400 MB."""
 
     def __init__(self, root, names, table=None):
         self.root = Path(root)
@@ -221,7 +222,8 @@ class Views(torch.utils.data.Dataset):
     def read(self, i, picture=None):
         """View i, uint8 (3, S, S), of its file or of the file's picture if that is open already."""
         path = self.files[self.file_of[i]]
-        return crop(picture or open_image(path), self.size, self.crop_of[i], file_seed(path, self.c.seed))
+        picture = picture or open_image(path)
+        return crop(picture, self.size, self.crop_of[i], file_seed(path, self.c.seed), self.c.crop_scale)
 
     def read_all(self, starts, doing):
         """Decodes files, given by their first views, in threads: the next block while the caller is busy with
@@ -295,10 +297,7 @@ class Views(torch.utils.data.Dataset):
         if self.images is not None:
             images = self.images[torch.from_numpy(drawn)]
         else:
-            try:
-                views, images = zip(*map(self.readable, drawn))
-            except OSError as error:                         # of a worker it would arrive without its number
-                raise UserError(explain(error)) from None
+            views, images = zip(*map(self.readable, drawn))
             views = np.array(views)
             images = torch.stack(images)
         flips = torch.from_numpy(flips).to(images.device)
@@ -306,11 +305,17 @@ class Views(torch.utils.data.Dataset):
         return images, torch.from_numpy(self.labels[views]), int((views != drawn).sum())
 
     def batches(self, start, stop):
-        """The batches of steps start .. stop - 1, decoded ahead in worker processes unless in memory."""
-        if self.images is not None:
-            return (self[step] for step in range(start, stop))
-        return iter(torch.utils.data.DataLoader(self, batch_size=None, sampler=range(start, stop),
-                                                num_workers=self.c.workers))
+        """Yields the batches of steps start .. stop - 1, decoded ahead in threads unless in memory."""
+        if self.images is not None or not self.c.workers:
+            yield from (self[step] for step in range(start, stop))
+            return
+        with ThreadPoolExecutor(self.c.workers) as pool:     # Pillow decodes and resizes beside each other
+            ahead = collections.deque()
+            for step in range(start, stop):
+                ahead.append(pool.submit(self.__getitem__, step))
+                if len(ahead) > 2 * self.c.workers:
+                    yield ahead.popleft().result()
+            yield from (batch.result() for batch in ahead)
 
 
 def validation_images(directory, size, count, classes):
@@ -348,7 +353,8 @@ def cached_codes(views, vae, directory, device, dtype):
     in a file named by a hash of RQ-VAE, precision and views. Drops unreadable files from `views`. All ranks
     call this together and share the work in a `directory` that all of them see; after an interruption it goes
     on where it stopped, with any number of ranks. UserError for a damaged cache."""
-    content = [code_fingerprint(vae), str(dtype), views.size, views.c.seed, views.c.flip, views.files.content]
+    content = [code_fingerprint(vae), str(dtype), views.size, views.c.seed, views.c.flip, views.c.crop_scale,
+               views.files.content]
     digest = hashlib.sha256(json.dumps(content).encode() + views.file_of.tobytes() + views.crop_of.tobytes())
     path = Path(directory) / f"codes-{digest.hexdigest()[:16]}.npy"
     state_path = path.with_name(f"{path.stem}-files.npy")

@@ -1,10 +1,9 @@
 """What the two training scripts share: processes, the common parts of a step, training states, logs.
 
-    torchrun --nproc_per_node=8 train_vae.py imagenet-256 --data DIR
-
-starts a script eight times, once per GPU ("rank"). The batch is the configuration's, however many ranks there
-are: micro-batches of it are shared out, and DistributedDataParallel averages the gradients. Everything
-random is a function of (seed, step) and the place in the batch: two ranks follow the run of one.
+torchrun starts a script once per GPU ("rank"). The batch is the configuration's, however many ranks there
+are: micro-batches of it are shared out, and DistributedDataParallel averages the gradients. Everything random
+is a function of (seed, step) and the place in the batch: two ranks follow the run of one. Dropout alone
+depends on the rank and on the micro-batches, too.
 """
 import argparse
 import contextlib
@@ -23,7 +22,9 @@ from datetime import timedelta
 import numpy as np
 import torch
 import torch.distributed as dist
+from filelock import FileLock, Timeout
 from torch.distributed.checkpoint import state_dict as sharded_states
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
@@ -42,7 +43,7 @@ def arguments(doc):
     parser.add_argument("preset", help="a preset of config.yaml")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="instead of the preset's")
     parser.add_argument("--data", metavar="DIR",
-                        help="DIR/train/CLASS/* or DIR/train/*.tar, DIR/val likewise; or a folder of images")
+                        help="DIR/train/CLASS/*, *.tar or *.parquet, DIR/val likewise; or a folder of images")
     parser.add_argument("--out", metavar="DIR", help="for checkpoints, pictures and logs (runs/PRESET)")
     parser.add_argument("--init", metavar="FILE", help="start from the weights in this .safetensors")
     parser.add_argument("--resume", action="store_true", help="go on from the last training state in --out")
@@ -88,8 +89,7 @@ def join_ranks(args):
 
 
 def micro_batch(name, c, world):
-    """How many images a device takes at a time: c.micro_batch, or with 0 its whole share of the step. Raises
-    UserError where `world` processes cannot share the batch in such pieces."""
+    """How many images a device takes at a time. UserError where `world` processes cannot share the batch."""
     if c.batch_size % world:
         raise UserError(f"{name}.batch_size {c.batch_size} is no multiple of {world} processes; change it.")
     share = c.batch_size // world
@@ -101,8 +101,7 @@ def micro_batch(name, c, world):
 
 
 def micro_batches(name, c):
-    """(rows, count): this rank's part of the step's batch, and in how many micro-batches. Which rank takes
-    a micro-batch makes no difference; its size does, to a discriminator with BatchNorm."""
+    """(rows, count): this rank's part of the step's batch, and in how many micro-batches."""
     rank, world = ranks()
     share = c.batch_size // world
     return np.arange(rank * share, (rank + 1) * share), share // micro_batch(name, c, world)
@@ -113,21 +112,22 @@ def parallel(module, device, sharded=False):
     if ranks()[1] == 1 or sharded:
         return module
     devices = [device] if device.type == "cuda" else None
-    return DistributedDataParallel(module, devices, broadcast_buffers=False)       # the codebook agrees
+    # The codebooks agree without a broadcast; gradients live in the buckets that are sent: no second copy.
+    return DistributedDataParallel(module, devices, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
-def shard(transformer, ema):
-    """Spreads weights, gradients and the optimizer's state over the ranks (FSDP2, ZeRO stage 3), block by
-    block, from the CPU to the GPUs. Returns a function, for all ranks to call together, that gives rank 0 the
-    whole average, on the CPU."""
+def shard(transformer, ema, device):
+    """Spreads weights, gradients and the optimizer's state over the ranks (FSDP2, ZeRO stage 3). Returns a
+    function, for all ranks to call together, that gives rank 0 the whole average, on the CPU."""
     rank, world = ranks()
     if world == 1:
         raise UserError("transformer.shard needs several processes; start with torchrun, or leave it off.")
     whole = copy.deepcopy(ema) if rank == 0 else None
+    mesh = init_device_mesh(device.type, (world,))             # else of the accelerator that is there
     for model in (transformer, ema):
         for block in (*model.spatial, *model.depthwise):
-            fully_shard(block)
-        fully_shard(model)
+            fully_shard(block, mesh=mesh)
+        fully_shard(model, mesh=mesh)
 
     def gather():
         state = sharded_states.get_model_state_dict(ema, options=WHOLE)
@@ -179,10 +179,8 @@ class StopSignal:
 # === A step: what both loops do in it =======================================================================
 def learning_rate(step, c, decay=True):
     """Linear warm-up to c.lr, then the cosine to 0 (or constant)."""
-    if step < c.warmup:
-        return c.lr * (step + 1) / c.warmup
-    if not decay:
-        return c.lr
+    if step < c.warmup or not decay:
+        return c.lr * min(1, (step + 1) / max(1, c.warmup))
     return c.lr * (0.5 + 0.5 * math.cos(math.pi * (step - c.warmup) / max(1, c.steps - c.warmup)))
 
 
@@ -213,7 +211,7 @@ def clip(parameters, limit):
 
 def must_stop(stop, terms, step, saved, advice):
     """Whether the StopSignal reached any rank. Raises UserError where one of the terms {name: tensor} is not
-    finite on any rank: all must act alike. saved: the path of the last state, or None."""
+    finite on any rank: all must act alike. saved: the path of a good state (States.good), or None."""
     sums = [value.sum() for value in terms.values()]
     sums.append(torch.full_like(sums[0], float(stop.received)))
     *sums, stopping = total(torch.stack(sums)).tolist()
@@ -260,13 +258,6 @@ def refuse_replacing(weights, force):
         raise UserError(f"{weights} is there already; add --force to replace it, or choose another --out.")
 
 
-def move_aside(path, problem, instead):
-    """Renames a damaged file, so that nothing is lost, and says so."""
-    path.rename(path.with_name(path.name + ".damaged"))
-    print(f"WARNING: {path} is damaged ({problem}); it is now called {path.name}.damaged, and {instead}",
-          file=sys.stderr)
-
-
 class States:
     """The training states of one stage in a folder: saves them, keeps the newest, finds the one to resume.
     Made before the work on the data, which may take hours: raises UserError where there is nothing to resume,
@@ -274,40 +265,46 @@ class States:
 
     def __init__(self, out, stage, args, keep):
         self.out, self.stage, self.args, self.keep = out, stage, args, keep
-        self.last = None                       # the path of the newest good state of this run
-        self.stale = self.files()              # those of an earlier run in this folder
+        self.saved = []                        # the paths of this run's states, oldest first
+        earlier = self.files()
         if not args.data:
             raise UserError("Training needs --data DIR, a folder with DIR/train/CLASS/*.jpg or with images.")
         if args.resume and args.init:
             raise UserError("--init starts from given weights, --resume from its own; give one of them.")
-        if args.resume and not self.stale:
+        if args.resume and not earlier:
             raise UserError(f"There is nothing to resume: {out}/{stage}_state_*.pt does not exist; start "
                             "without --resume.")
-        if self.stale and not args.resume and not args.force:
-            step = int(self.stale[-1].stem.rpartition("_")[2])
+        if earlier and not args.resume and not args.force:
+            step = int(earlier[-1].stem[-9:])
             raise UserError(f"{out} holds a training up to step {step}; add --resume to go on with it or "
                             "--force to start over, or choose another --out.")
         if not args.resume:
             refuse_replacing(out / f"{stage}.safetensors", args.force)
 
+    def path(self, step):
+        return self.out / f"{self.stage}_state_{step:09d}.pt"
+
     def files(self):                           # oldest first
         return sorted(self.out.glob(f"{self.stage}_state_{9 * '[0-9]'}.pt"))
 
     def lock(self):
-        """Keeps a second training out of the folder while this process lives, by a UserError."""
+        """Keeps a second training out of the folder while this process lives, by a UserError. A new run sets
+        the states of an earlier one aside, so that nothing goes on from them in its place."""
         if ranks()[0] > 0:
             return
         self.out.mkdir(parents=True, exist_ok=True)
-        if not importlib.util.find_spec("fcntl"):              # Windows has none
-            return
-        import fcntl
-        self.locked = open(self.out / ".lock", "w")    # released when this process ends, however it does
+        self.locked = FileLock(self.out / ".lock")     # released when this process ends, however it does
         try:
-            fcntl.lockf(self.locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
+            self.locked.acquire(timeout=0)
+        except Timeout:
             raise UserError(f"Another training is at work in {self.out}; choose another --out.") from None
-        except OSError as error:                               # a disk without locks
-            print(f"WARNING: {self.out} cannot be locked ({error.strerror}); start no other training there")
+        except (OSError, NotImplementedError) as error:
+            if isinstance(error, PermissionError):
+                raise
+            print(f"WARNING: {self.out}, on a disk without locks, is not guarded against a second training")
+        for path in [] if self.args.resume else self.files():
+            path.replace(f"{path}.old")
+            print(f"starting over: until the first new state is saved, that of before is called {path}.old")
 
     def begin(self, parts, settings, sharded=None):
         """The step to begin with: 0, or that of the restored state. Raises UserError as `load` does. parts:
@@ -323,16 +320,23 @@ class States:
 
     def save(self, step):
         """Writes the state, on rank 0, and removes the oldest. Raises UserError when the disk is full."""
-        path = self.out / f"{self.stage}_state_{step:09d}.pt"
+        path = self.path(step)
         states = {name: self.state(name, part) for name, part in self.parts.items()}
+        before, self.saved = self.saved, [*self.saved, path][-self.keep:]
         if ranks()[0] > 0:
             return
         with replacing(path) as temporary:
             torch.save({"step": step, "settings": self.settings, **states}, temporary)
-        for old in self.stale + [f for f in self.files() if f not in self.stale][:-self.keep]:
-            if old != path:
-                old.unlink(missing_ok=True)
-        self.stale, self.last = [], path
+        for old in {*before, *self.out.glob(f"{self.stage}_state_*.pt.old")} - {*self.saved}:
+            old.unlink(missing_ok=True)
+
+    def good(self, step):
+        """Where to go on from if the step after `step` others fails, as words: from the newest state that a
+        step of this run has succeeded from. One that no step has is what led to the failure."""
+        tried = [path for path in self.saved if path < self.path(step)]
+        if tried and tried[-1] != self.saved[-1]:
+            return f"delete {self.saved[-1].name}, which leads there: {tried[-1]}"
+        return tried[-1] if tried else None
 
     def state(self, name, part):
         if not self.sharded:
@@ -347,37 +351,35 @@ class States:
         newest = [self.newest_whole() if ranks()[0] == 0 else None]
         if ranks()[1] > 1:
             dist.broadcast_object_list(newest)
-        path, problem = newest[0]
-        if path is None:
-            raise UserError(f"No training state in {self.out} is whole ({problem}); start without --resume.")
+        path = newest[0]
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        missing = [name for name in ("step", "settings", *self.parts) if name not in state]
-        if missing:
-            raise UserError(f"{path} lacks {', '.join(missing)}; start without --resume.")
         self.compare(path, state["settings"])
         for name, part in self.parts.items():
-            self.restore(name, part, state[name], path)
-        self.stale, self.last = [], path
+            self.restore(name, part, state, path)
+        self.saved = [file for file in self.files() if file <= path]
         print(f"resuming after step {state['step']}, from {path}")
         return state["step"]
 
     def newest_whole(self):
-        """(path, "") of the newest state that is good, or (None, the problem). Moves damaged ones aside."""
-        problem = ""
+        """The path of the newest state that is good. Renames damaged ones, loudly; UserError if all are."""
         for path in reversed(self.files()):
             try:
                 with zipfile.ZipFile(path) as file:            # torch itself looks at no checksums
                     if broken := file.testzip():
                         raise ValueError(f"{broken} does not have its checksum")
-                torch.load(path, map_location="cpu", weights_only=True, mmap=True)["step"]
-                return str(path), ""
+                state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+                if not {"step", "settings"} <= state.keys():
+                    raise ValueError("it lacks its step or its settings")
+                return path
             except OSError as error:                           # of the disk: the file may be good
                 raise UserError(f"{path} could not be read ({error}); try again, or move it away to take the "
                                 "one before.") from None
             except Exception as error:       # cut short, a flipped byte, no torch file, a pickle with code
-                problem = f"{path.name}: {type(error).__name__}: {' '.join(str(error).split())[:100]}"
-                move_aside(path, problem, "the state before it is taken")
-        return None, problem
+                problem = f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
+                damaged = path.rename(f"{path}.damaged")
+                print(f"WARNING: {path} is damaged ({problem}); it is now called {damaged.name}, and the "
+                      "state before it is taken", file=sys.stderr)
+        raise UserError(f"No training state in {self.out} is whole ({problem}); start without --resume.")
 
     def compare(self, path, before):
         """Raises UserError where the settings are others than before, other than those that may change."""
@@ -391,72 +393,72 @@ class States:
         if changed:
             print(f"resuming with other settings than before: {', '.join(changed.values())}")
 
-    def restore(self, name, part, state, path):
-        groups = getattr(part, "param_groups", [])             # an optimizer keeps today's options
-        options = [{k: v for k, v in group.items() if k != "params"} for group in groups]
+    def restore(self, name, part, states, path):
         try:
+            state = states[name]
+            # An optimizer keeps today's options.
+            for before, today in zip(state.get("param_groups", []), getattr(part, "param_groups", [])):
+                before.update({key: value for key, value in today.items() if key != "params"})
             if self.sharded and name == "opt":
                 sharded_states.set_optimizer_state_dict(self.sharded, part, state, options=WHOLE)
             elif self.sharded:
                 sharded_states.set_model_state_dict(part, state, options=WHOLE)
             else:
                 drr.fill(part, state, path)
-        except (ValueError, KeyError) as error:                # an optimizer of another model
+        except (ValueError, KeyError) as error:                # of another model, or without this part
             raise UserError(f"{path} does not fit this model ({error}); start without --resume.") from None
-        for group, values in zip(getattr(part, "param_groups", []), options):
-            group.update(values)
 
 
 # === Log: a line on the terminal and a row in OUT/STAGE.csv; the speed ======================================
 class Log:
-    """OUT/STAGE.csv, and the same on the terminal. After three steps it says what the rest will take. A
-    resumed run drops the rows of the steps that it repeats. operations: of a step, per image, for the share
-    of the device's matrix-product rate that training reaches (MFU)."""
+    """OUT/STAGE.csv, and the same on the terminal. After three steps it says what the rest will take.
+    operations: of a step, per image, for the share of the device's rate that training reaches (MFU)."""
 
     def __init__(self, out, stage, model, c, start, count, operations, device, dtype):
         world = ranks()[1]
         parameters = sum(p.numel() for p in model.parameters())            # of all ranks together
-        self.path, self.columns = out / f"{stage}.csv", []
-        self.c, self.device, self.times = c, device, []
+        self.path, self.c, self.device, self.counted = out / f"{stage}.csv", c, device, 0
         self.announcement = (f"{stage}: {parameters / 1e6:.1f}M parameters, {{}} more steps of "
                              f"{c.batch_size} images on {world} x {device} {precision_name(dtype)} in "
                              f"{count} micro-batches of {c.batch_size // world // count}; {{:.3g}} s per "
                              "step, {} at this speed")
         self.fastest = world * matrix_rate(device, dtype, 0.3) / operations            # images per second
-        if ranks()[0] == 0 and start and self.path.exists():
-            self.drop_rows_after(start)
-        elif ranks()[0] == 0 and not start:
-            self.path.unlink(missing_ok=True)
+        if ranks()[0] == 0:
+            self.begin_file(start)
+        self.begin_row()
+
+    def begin_file(self, start):
+        """Takes over what a resumed run has logged up to its state; lines cut short are left out."""
+        lines = self.path.read_text(errors="replace").splitlines() if start and self.path.exists() else []
+        self.columns = lines[0].split(",") if lines and lines[0].startswith("step,") else []
+        if not self.columns:
+            return self.path.unlink(missing_ok=True)
+        rows = [line.split(",") for line in lines[1:] if line.count(",") == lines[0].count(",")]
+        kept = [row for row in rows if row[0].isdecimal() and int(row[0]) <= start]
+        with replacing(self.path) as temporary:
+            temporary.write_text("".join(",".join(row) + "\n" for row in [self.columns, *kept]))
+
+    def begin_row(self):
         self.seconds = self.images = self.unreadable = 0
-        self.mark = time.perf_counter()
+        self.mark = time.perf_counter()        # looking and writing are left out of the speed
 
     def count(self, done, unreadable=0):
         """To be called after each step; unreadable: how many of its files were."""
-        if len(self.times) < 3:
+        self.counted += 1
+        if self.counted <= 3:
             synchronize(self.device)
         seconds = time.perf_counter() - self.mark
         self.mark += seconds
         self.seconds += seconds
         self.images += self.c.batch_size
         self.unreadable += unreadable
-        self.times = (self.times + [seconds])[:4]
-        if len(self.times) == 3:
-            seconds = sorted(self.times)[1]    # the first step compiles, and fills caches
+        if self.counted == 3:                  # the first ones compile, and fill caches
             left = self.c.steps - done
             tqdm.write(self.announcement.format(left, seconds, tqdm.format_interval(left * seconds)))
 
-    def drop_rows_after(self, step):
-        rows = [line.split(",") for line in self.path.read_text(errors="replace").splitlines()]
-        if not rows or rows[0][0] != "step" or not all(row[0].isdecimal() for row in rows[1:]):
-            return move_aside(self.path, "its first column holds no steps", "a new log begins")
-        self.columns = rows[0]
-        kept = [row for row in rows[1:] if len(row) == len(self.columns) and int(row[0]) <= step]
-        with replacing(self.path) as temporary:
-            temporary.write_text("".join(",".join(row) + "\n" for row in [rows[0], *kept]))
-
     def write(self, step, by_depth, **terms):
-        """Adds a row and prints it. terms: numbers, None where there is none; by_depth: {name: (D,)}, columns
-        NAME_1 .. NAME_D. The first row of a file decides its columns. All ranks must call it together."""
+        """Adds a row and prints it, called by all ranks together. terms: numbers, or None; by_depth: {name:
+        (D,)}, columns NAME_1 .. NAME_D. The first row of a file decides its columns."""
         rate = self.images / self.seconds
         unreadable = total(torch.tensor(self.unreadable, device=self.device)).item()
         speed = {"images_per_s": rate, "mfu": rate / self.fastest, "unreadable": unreadable}
@@ -472,8 +474,7 @@ class Log:
                     self.columns = list(row)
                     print(*self.columns, sep=",", file=f)
                 print(*("" if row.get(name) is None else row[name] for name in self.columns), sep=",", file=f)
-        self.seconds = self.images = self.unreadable = 0
-        self.mark = time.perf_counter()        # looking and writing are left out of the speed
+        self.begin_row()
 
     def draw(self):
         """OUT/plots.png, where matplotlib is installed. If it fails, training goes on."""

@@ -144,7 +144,7 @@ def test_published_stage_one(preset):
     assert (v.num_res_blocks, v.attn_resolutions) == (2, [8])
     assert (v.z_channels, v.code_dim, v.codebook_size, v.depth) == (256, 256, 16384, 4)
     assert v.resolution >> (len(v.ch_mult) - 1) == 8
-    assert (v.ema_decay, v.restart, v.commitment_weight, v.loss) == (0.99, True, 0.25, "mse")
+    assert (v.ema_decay, v.restart_below, v.commitment_weight, v.loss) == (0.99, 1.0, 0.25, "mse")
     assert (v.perceptual_weight, v.disc_weight, v.disc_layers, v.disc_ch) == (1.0, 0.75, 2, 64)
     assert (v.lr, v.betas, v.batch_size) == (4e-5, [0.5, 0.9], 128)
     epoch = 1_281_167 / 128
@@ -154,7 +154,7 @@ def test_published_stage_one(preset):
 # === Overrides ==============================================================================================
 @pytest.mark.parametrize("text, value", [
     ("vae.lr=4e-5", 4e-5), ("vae.lr=1", 1.0), ("vae.steps=1e3", 1000), ("data.seed=010", 10),
-    ("vae.ch_mult=[1, 2]", [1, 2]), ("vae.betas=[0,1e-1]", [0.0, 0.1]), ("vae.restart=True", True),
+    ("vae.ch_mult=[1, 2]", [1, 2]), ("vae.betas=[0,1e-1]", [0.0, 0.1]), ("vae.decay=True", True),
     ("vae.loss=l1", "l1"), ("transformer.cond=none", "none"), ("data.favour_class=007", "007")])
 def test_overrides_take_the_bases_type(text, value):
     section, key = text.partition("=")[0].split(".")

@@ -100,9 +100,9 @@ def test_memory_and_operations_of_a_vae_step():
 
 def test_state_is_sixteen_bytes_per_parameter_and_the_average_and_is_sharded():
     config = load_config("imagenet-371m", ["transformer.n_spatial=2"])
-    one = estimate.memory("transformer", config, batch=1)
+    one = estimate.memory("transformer", config, batch=64)
     config.transformer.shard = True
-    eighth = estimate.memory("transformer", config, 8, batch=1)
+    eighth = estimate.memory("transformer", config, 8, batch=64)
     assert one.state - eighth.state == pytest.approx(7 / 8 * 20 * one.parameters, rel=1e-6)
     assert one.activations == eighth.activations
 

@@ -83,7 +83,7 @@ def test_the_adaptive_weight_makes_the_gradients_equally_long():
     w = torch.tensor([3.0, 4.0], requires_grad=True)
     reconstruction, adversarial = w.square().sum(), 2 * w.sum()        # gradients (6, 8) and (2, 2)
     weight = train_vae.adaptive_weight(reconstruction, adversarial, w)
-    assert weight.item() == pytest.approx(10 / math.sqrt(8), rel=1e-5) and not weight.requires_grad
+    assert weight.item() == pytest.approx(10 / math.sqrt(8), rel=1e-4) and not weight.requires_grad
     assert train_vae.adaptive_weight(reconstruction, 0 * adversarial, w).item() == 1e4
     assert train_vae.adaptive_weight(0 * reconstruction, adversarial, w).item() == 0
 

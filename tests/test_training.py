@@ -120,14 +120,14 @@ def test_a_second_training_in_the_same_folder_is_refused(resume):
     half_written = resume.out / ".writing-1-vae_state_000000008.pt"
     half_written.write_bytes(b"of the training that is at work")
     with open(resume.out / ".lock", "w") as file:
-        fcntl.lockf(file, fcntl.LOCK_EX)
+        fcntl.flock(file, fcntl.LOCK_EX)
         refused(resume("vae", "vae.steps=8"), "Another training")
     assert half_written.exists()
 
 
 def test_a_second_training_is_refused_before_it_encodes_anything(arguments, tmp_path):
     with open(tmp_path / ".lock", "w") as file:
-        fcntl.lockf(file, fcntl.LOCK_EX)
+        fcntl.flock(file, fcntl.LOCK_EX)
         refused(train("transformer", *arguments("transformer", tmp_path)), "Another training")
     (tmp_path / "transformer.safetensors").write_text("finished")
     refused(train("transformer", *arguments("transformer", tmp_path)), "--force")

@@ -82,7 +82,10 @@ def memory(stage, config, world=1, dtype=torch.bfloat16, batch=None):
     if stage == "vae":
         return Memory(parameters, state, int(batch * vae_activations(trained, config.vae, size)))
     copies = 2 * parameters if size == 2 else 0                # autocast's copies of the weights
-    return Memory(parameters, state, int(copies + batch * transformer_activations(config, size)))
+    # Pictures are drawn between the steps, with a copy of the average in the precision of decoding; where
+    # weights are sharded, rank 0 first takes the whole average.
+    activations = max(4 * parameters * c.shard, batch * transformer_activations(config, size))
+    return Memory(parameters, state, int(copies + activations))
 
 
 def transformer_activations(config, size):
@@ -99,8 +102,9 @@ def transformer_activations(config, size):
 
     def block(tokens, keys, matrix):
         # Inputs of both normalizations, in float32; inputs of products (qkv d, attention 3d, proj d, fc1 d,
-        # fc2 4d) and of the GELU (4d); the attention matrix.
-        return tokens * (8 * d + 14 * size * d + matrix * keys * (d // c.head_dim) * size)
+        # fc2 4d) and of the GELU (4d); the attention matrix; the masks of dropout, a byte each on a GPU.
+        masks = 2 * d * bool(c.dropout)
+        return tokens * (8 * d + 14 * size * d + masks + matrix * keys * (d // c.head_dim) * size)
     spatial, depth = block(T, T, written_out), block(stacks, v.depth, True)
     # The backward pass begins with cross-entropy (log-softmax, its gradient, that of the logits) and an MLP.
     head = stacks * (12 * v.codebook_size + 4 * d + size * d)
@@ -199,7 +203,8 @@ def main():
     else:
         device, dtype = pick_device(args)
         rate = matrix_rate(device, dtype)
-    print(f"{precision_name(dtype)}: {rate / 1e12:.4g} TFLOP/s, of which {args.mfu:.0%} are reached (--mfu).")
+    print(f"{precision_name(dtype)} in both stages (train_vae.py needs --precision for bf16): "
+          f"{rate / 1e12:.4g} TFLOP/s, of which {args.mfu:.0%} are reached (--mfu).")
     print("preset            stage        GPUs  micro-batch  parameters  "
           "state GB  activations GB  GB per GPU  TFLOP per step     hours")
     for name, config in configs.items():
