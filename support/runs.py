@@ -431,6 +431,9 @@ class Log:
         """Takes over what a resumed run has logged up to its state; lines cut short are left out."""
         lines = self.path.read_text(errors="replace").splitlines() if start and self.path.exists() else []
         self.columns = lines[0].split(",") if lines and lines[0].startswith("step,") else []
+        if lines and not self.columns:
+            print(f"WARNING: {self.path} holds no steps; a new log begins", file=sys.stderr)
+            return self.path.replace(f"{self.path}.damaged")
         if not self.columns:
             return self.path.unlink(missing_ok=True)
         rows = [line.split(",") for line in lines[1:] if line.count(",") == lines[0].count(",")]

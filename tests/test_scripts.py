@@ -149,7 +149,7 @@ def draw_thrice(draw_class, tmp_path):
     [(2, 1, "--m", 1, "--guidance", 3, "--top-k", 9), (2, 1, "rounds=1", "revise_guidance=3", "top_k=9"),
      (2, 1, "rounds=1")],
     [("none", 2, "--guidance", 1, "--draft-guidance", 1), ("none", 2, "--guidance", 5, "--draft-guidance", 5),
-     ("2", 2, "--guidance", 1, "--draft-guidance", 1)]],
+     ("2", 2, "--guidance", 20, "--draft-guidance", 20)]],
     ids=["a seed", "a flag is key=value", "null against null needs no guidance"])
 def test_the_same_bytes_from_what_means_the_same_and_other_ones_from_what_does_not(draw_thrice, each):
     a, b, c = draw_thrice(*each)
