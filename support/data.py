@@ -91,7 +91,8 @@ def find_images(directory, split="train", out=None):
     if root is None:
         raise UserError(f"The folder {directory} does not exist; give one that holds images.")
     unused = []
-    names = list(pictures(root, "", unused, SPLITS if root == Path(directory) else ()))
+    splits = {*SPLITS, *SPLITS.values()} if root == Path(directory) else ()
+    names = list(pictures(root, "", unused, splits))
     if archives and names:
         raise UserError(f"{root} holds both {archives[0].name} and images ({names[0]}); leave one kind.")
     inside = {"", *(name.rpartition("/")[0] for name in names)}

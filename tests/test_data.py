@@ -112,7 +112,8 @@ def test_hidden_folders_are_left_out_links_are_followed_and_what_is_not_used_is_
 @pytest.mark.parametrize("name", ["vae.csv", "transformer_state_000000002.pt", "vae.safetensors"])
 def test_what_a_training_writes_and_the_other_splits_are_no_classes(tmp_path, name, capsys):
     lay_out(tmp_path, {"cat/0.png": b"", "dog/0.png": b"", "val/cat/0.png": b"", "test/0.png": b"",
-                       "runs/smoke/1.png": b"", f"runs/smoke/{name}": b"", "runs/smoke/more/2.png": b""})
+                       "validation/0.png": b"", "runs/smoke/1.png": b"", f"runs/smoke/{name}": b"",
+                       "runs/smoke/more/2.png": b""})
     files, labels, classes = data.find_images(tmp_path)
     assert classes == ["cat", "dog"] and len(files) == 2 and "runs/smoke" in capsys.readouterr().err
 

@@ -107,6 +107,14 @@ def test_state_is_sixteen_bytes_per_parameter_and_the_average_and_is_sharded():
     assert one.activations == eighth.activations
 
 
+def test_a_larger_decoder_takes_more_than_its_smaller_one():
+    """With a discriminator whose weights are normalized by modules without inputs."""
+    small, large = (load_config(f"tiny-imagenet-{size}-decoder", ["vae.batch_size=32"]) for size in (32, 64))
+    memory = [estimate.memory("vae", config).activations for config in (small, large)]
+    flops = [estimate.flops_per_image("vae", config) for config in (small, large)]
+    assert 1.5 * memory[0] < memory[1] and 1.5 * flops[0] < flops[1]
+
+
 def test_the_script(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["tools.estimate", "smoke", "--tflops", "9"])
     estimate.main()
