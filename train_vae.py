@@ -24,7 +24,7 @@ TERMS = ("loss", "reconstruction", "commitment", "perceptual", "gan", "features"
 
 # === The adversary: images -> logits of patches, features -> losses of discriminator and decoder ============
 class Blur(nn.Module):
-    """[1, 2, 1] / 4 along both sides of x (B, C, H, W): a stride after it leaves no checkerboard in gradients."""
+    """[1, 2, 1] / 4 along both sides of x (B, C, H, W), before a stride: no checkerboard in the gradients."""
 
     def forward(self, x):
         kernel = x.new_tensor([1, 2, 1]) / 4
@@ -153,7 +153,7 @@ def look_at(vae, images, path):
 def check(c, size, device):                  # what cannot be trained
     if c.compile and device.type == "cpu":
         raise UserError("vae.compile is for a GPU: a CPU's gradients were wrong (torch 2.13); leave it out.")
-    if c.disc_weight and size >> max(1, c.disc_layers) < 3:
+    if (c.disc_weight or c.feature_weight) and size >> max(1, c.disc_layers) < 3:
         raise UserError(f"vae.disc_layers {c.disc_layers} leaves nothing of {size} pixels; lower it.")
 
 

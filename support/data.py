@@ -50,7 +50,7 @@ class Files:
 
     @functools.cached_property
     def content(self):
-        """A short hash of the names, sizes and (of up to 1,024 images) contents: the same wherever they lie."""
+        """A short hash of names, sizes and (of up to 1,024 images) contents: the same wherever they lie."""
         def sizes(start):                                    # of an archive's images, their sum
             some = range(start, min(start + 1024, len(self)))
             return [os.path.getsize(self[i]) for i in some] if self.table is None else self.table.data.nbytes
