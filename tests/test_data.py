@@ -235,6 +235,12 @@ def test_parquet_files_deliver_pictures_with_named_classes(tmp_path, name, split
         assert data.validation_images(tmp_path, 16, 9, ["goldfish", "tench"])[1].tolist() == [0, 1, 0]
 
 
+def test_a_label_comes_from_json_only_where_there_is_no_cls(tmp_path):
+    more = {"2.png": PNG, "2.json": b'{"label": 1}', "3.png": PNG, "3.cls": b"1", "3.json": b'{"width": 64}'}
+    lay_out(tmp_path, {"train/0.tar": tar(GOOD, more)})
+    assert data.find_images(tmp_path)[1].tolist() == [0, 1, 1, 1]
+
+
 def test_every_picture_of_a_shard_is_used_or_counted(tmp_path, capsys):
     more = {"2.png": b"broken", "2.cls": b"1"}
     views = make_views(lay_out(tmp_path, {"train/0.tar": tar(GOOD, GOOD, more)}), load=True)

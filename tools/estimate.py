@@ -132,15 +132,17 @@ def vae_activations(trained, c, size):
     forward(trained, c)
     for hook in hooks:
         hook.remove()
+    pixels = (c.resolution * c.upscale) ** 2
     if c.perceptual_weight:
-        total += PERCEPTUAL[c.perceptual].kept * c.resolution ** 2
-    return total + 4 * 4 * c.ch * c.resolution ** 2            # and the backward pass of the last layers
+        total += PERCEPTUAL[c.perceptual].kept * pixels
+    return total + 4 * 4 * c.ch * pixels                       # and the backward pass of the last layers
 
 
 # === Operations =============================================================================================
 def forward(models, c):
     """Runs models of images for one image, on the device `meta`: shapes only, and without quantization."""
-    images = torch.empty(1, 3, c.resolution, c.resolution, device="meta")
+    size = c.resolution * c.upscale
+    images = torch.empty(1, 3, size, size, device="meta")
     for model in models:
         if isinstance(model, drr.RQVAE):
             model.decode_latent(model.encode_latent(images))
@@ -174,7 +176,7 @@ def flops_per_image(stage, config):
         # discriminator's: forward and backward with real and reconstructed images.
         total += (2 + 6 + v.disc_adaptive + bool(v.feature_weight)) * counts[1]
     if v.perceptual_weight:
-        total += 3 * PERCEPTUAL[v.perceptual].flops * v.resolution ** 2
+        total += 3 * PERCEPTUAL[v.perceptual].flops * (v.resolution * v.upscale) ** 2
     return total
 
 
