@@ -238,8 +238,7 @@ def main():
             states.save(done)
             if rank == 0 and not stopping:
                 drr.save_transformer(out / "transformer.safetensors", result, config, classes, titles, vae)
-        if look:
-            log.draw()
+        log.end_step(look)
         if stopping and not last:
             stop.leave(done)
     result = whole_ema()                     # also if nothing was left to train: with today's sampling values

@@ -17,6 +17,7 @@ import drr
 from drr import UserError
 from support import data, runs
 from support.common import autocast, grid, load_config, run, save_picture, to_float, to_pixels
+from support.perceptual import perceptual_distance
 
 TERMS = ("loss", "reconstruction", "commitment", "perceptual", "gan", "features", "disc", "logits_real",
          "logits_fake", "lambda")
@@ -240,10 +241,7 @@ def main():
     rows, count = runs.micro_batches("vae", c)
     states = runs.States(out, "vae", args, c.keep)
     given, former = given_codes(args, c, out) if args.decoder_only else (None, ())
-    distance = None
-    if c.perceptual_weight:
-        from support.perceptual import perceptual_distance
-        distance = perceptual_distance(c.perceptual, device)
+    distance = perceptual_distance(c.perceptual, device) if c.perceptual_weight else None
 
     views, settings, val = load_data(args, config, size, out, dtype, device)
     views.rows = rows
@@ -321,8 +319,7 @@ def main():
             states.save(done)
             if drr.ranks()[0] == 0 and not stopping:
                 drr.save_vae(out / "vae.safetensors", average, config, former)
-        if look:
-            log.draw()
+        log.end_step(look)
         if stopping and not last:
             stop.leave(done)
     if drr.ranks()[0] == 0:

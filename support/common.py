@@ -218,6 +218,14 @@ def run(main):
         sys.exit(2)
 
 
+def from_rank_0(value):
+    """Rank 0's value, on every rank."""
+    held = [value]
+    if ranks()[1] > 1:
+        dist.broadcast_object_list(held)
+    return held[0]
+
+
 def end_rank(status=0):
     """Ends a process of several: does what is registered for the end, prints what is still to be printed, and
     goes without taking the interpreter apart."""
