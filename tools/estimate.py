@@ -115,11 +115,11 @@ def transformer_activations(config, size):
 
 def vae_activations(trained, c, size):
     """Bytes per image that RQ-VAE, discriminator and perceptual network keep for the backward pass."""
-    total = 0
+    total, pixels = 0, (c.resolution * c.upscale) ** 2
 
     def keep(module, inputs, output):
         nonlocal total
-        x = inputs[0]
+        x = inputs[0] if inputs else None      # a weight's normalization, which keeps next to nothing
         if isinstance(module, torch.nn.GroupNorm):             # and its output, which SiLU keeps, in float32
             total += 4 * (x.numel() + output.numel())
         elif isinstance(module, torch.nn.BatchNorm2d):
@@ -132,10 +132,9 @@ def vae_activations(trained, c, size):
     forward(trained, c)
     for hook in hooks:
         hook.remove()
-    pixels = (c.resolution * c.upscale) ** 2
     if c.perceptual_weight:
         total += PERCEPTUAL[c.perceptual].kept * pixels
-    return total + 4 * 4 * c.ch * pixels                       # and the backward pass of the last layers
+    return total + 4 * 4 * c.ch * pixels       # and the backward pass of the last layers
 
 
 # === Operations =============================================================================================
@@ -207,7 +206,7 @@ def main():
         rate = matrix_rate(device, dtype)
     print(f"{precision_name(dtype)} in both stages (train_vae.py needs --precision for bf16): "
           f"{rate / 1e12:.4g} TFLOP/s, of which {args.mfu:.0%} are reached (--mfu).")
-    print("preset            stage        GPUs  micro-batch  parameters  "
+    print("preset                    stage        GPUs  micro-batch  parameters  "
           "state GB  activations GB  GB per GPU  TFLOP per step     hours")
     for name, config in configs.items():
         for stage in ("vae", "transformer"):
@@ -216,7 +215,7 @@ def main():
             for world in map(int, args.gpus.split(",")):
                 m = memory(stage, config, world, dtype)
                 hours = c.steps * flops / (rate * args.mfu * world) / 3600
-                print(f"{name:16}  {stage:11}  {world:4d}  {runs.micro_batch(stage, c, world):11d}  "
+                print(f"{name:24}  {stage:11}  {world:4d}  {runs.micro_batch(stage, c, world):11d}  "
                       f"{m.parameters / 1e6:9.1f}M  {m.state / 1e9:8.2f}  {m.activations / 1e9:14.2f}  "
                       f"{(m.state + m.activations) / 1e9:10.2f}  {flops / 1e12:14.4g}  {hours:8.2f}")
 
