@@ -82,7 +82,7 @@ def load_model(args, device, dtype):
         vae, transformer, _ = drr.load_checkpoint(args.checkpoint)
         if model.checkpoint != {"vae": drr.fingerprint(vae), "transformer": drr.fingerprint(transformer)}:
             raise UserError(f"{args.exported} was exported from another checkpoint than {args.checkpoint}; "
-                            f"leave --checkpoint out, or run python export.py --checkpoint {args.checkpoint}.")
+                            f"leave --checkpoint out, or run export.py --checkpoint {args.checkpoint}.")
     if args.precision not in ("auto", model.precision):
         raise UserError(f"{args.exported} was exported in {model.precision}; leave --precision out, or "
                         f"export with --precision {args.precision}.")
@@ -133,7 +133,7 @@ def check_writable(path, suffix=".png"):
     # The very name, unless there is something: it may be too long, or one that this disk does not allow.
     tried = path.with_name(".writing") if path.exists() or path.is_symlink() else path
     tried.touch()
-    tried.unlink()
+    tried.unlink(missing_ok=True)                            # another rank may have done it
 
 
 # === Pictures: noise -> codes -> pixels =====================================================================

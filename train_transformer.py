@@ -101,7 +101,7 @@ def load_data(args, config, vae, states, out, dtype, exact, device):
     c = config.transformer
     files, labels, classes = data.find_images(args.data, out=out)
     if c.cond == "class" and classes == [""]:
-        raise UserError(f"{args.data} names no classes; add folders for them or train with transformer.cond=none.")
+        raise UserError(f"{args.data} names no classes; add folders for them or set transformer.cond=none.")
     titles = data.class_titles(args.data, classes)
     views = data.Views(files, labels, classes, vae.size, c.batch_size, config.data)
     content = data.files_fingerprint(files, labels, classes)
@@ -238,8 +238,7 @@ def main():
             states.save(done)
             if rank == 0 and not stopping:
                 drr.save_transformer(out / "transformer.safetensors", result, config, classes, titles, vae)
-        if look:
-            log.draw()
+        log.end_step(look)
         if stopping and not last:
             stop.leave(done)
     result = whole_ema()                     # also if nothing was left to train: with today's sampling values

@@ -17,6 +17,7 @@ import drr
 from drr import UserError
 from support import data, runs
 from support.common import autocast, grid, load_config, run, save_picture, to_float, to_pixels
+from support.perceptual import perceptual_distance
 
 TERMS = ("loss", "reconstruction", "commitment", "perceptual", "gan", "features", "disc", "logits_real",
          "logits_fake", "lambda")
@@ -24,7 +25,7 @@ TERMS = ("loss", "reconstruction", "commitment", "perceptual", "gan", "features"
 
 # === The adversary: images -> logits of patches, features -> losses of discriminator and decoder ============
 class Blur(nn.Module):
-    """[1, 2, 1] / 4 along both sides of x (B, C, H, W): a stride after it leaves no checkerboard in gradients."""
+    """[1, 2, 1] / 4 along both sides of x (B, C, H, W), before a stride: no checkerboard in the gradients."""
 
     def forward(self, x):
         kernel = x.new_tensor([1, 2, 1]) / 4
@@ -153,7 +154,7 @@ def look_at(vae, images, path):
 def check(c, size, device):                  # what cannot be trained
     if c.compile and device.type == "cpu":
         raise UserError("vae.compile is for a GPU: a CPU's gradients were wrong (torch 2.13); leave it out.")
-    if c.disc_weight and size >> max(1, c.disc_layers) < 3:
+    if (c.disc_weight or c.feature_weight) and size >> max(1, c.disc_layers) < 3:
         raise UserError(f"vae.disc_layers {c.disc_layers} leaves nothing of {size} pixels; lower it.")
 
 
@@ -240,10 +241,7 @@ def main():
     rows, count = runs.micro_batches("vae", c)
     states = runs.States(out, "vae", args, c.keep)
     given, former = given_codes(args, c, out) if args.decoder_only else (None, ())
-    distance = None
-    if c.perceptual_weight:
-        from support.perceptual import perceptual_distance
-        distance = perceptual_distance(c.perceptual, device)
+    distance = perceptual_distance(c.perceptual, device) if c.perceptual_weight else None
 
     views, settings, val = load_data(args, config, size, out, dtype, device)
     views.rows = rows
@@ -321,8 +319,7 @@ def main():
             states.save(done)
             if drr.ranks()[0] == 0 and not stopping:
                 drr.save_vae(out / "vae.safetensors", average, config, former)
-        if look:
-            log.draw()
+        log.end_step(look)
         if stopping and not last:
             stop.leave(done)
     if drr.ranks()[0] == 0:

@@ -60,10 +60,10 @@ def read_manifest(directory):
     return manifest
 
 
-def load(backend, directory, device, engines=None):
+def load(backend, directory, device):
     """The exported model of a folder, and what `drr.load_checkpoint` calls info. backend: "onnx" (on cpu or
-    cuda) or "trt" (cuda), whose engines lie in `engines` or else `engine_folder(directory)`. UserError where
-    a runtime, a provider or an engine is missing, and from `read_manifest`."""
+    cuda) or "trt" (cuda), whose engines lie in `engine_folder(directory)`. UserError where a runtime, a
+    provider or an engine is missing, and from `read_manifest`."""
     # The one race that is left: an export that replaces this one removes files that are being read here. It
     # ends in a UserError about a file that is missing or cannot be loaded; the next call works.
     manifest = read_manifest(directory)
@@ -76,7 +76,7 @@ def load(backend, directory, device, engines=None):
         trt = import_tensorrt()
         if device.type != "cuda":
             raise UserError("TensorRT runs on a GPU only; leave --device out or give --device cuda.")
-        folder = Path(engines or engine_folder(directory))
+        folder = engine_folder(directory)
         plans = {name: read_plan(trt, folder, manifest, name) for name in PARTS}
         parts = {name: TensorRTEngine(trt, plans[name], name, manifest["parts"][name], device)
                  for name in PARTS}

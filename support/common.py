@@ -218,14 +218,20 @@ def run(main):
         sys.exit(2)
 
 
+def from_rank_0(value):
+    """Rank 0's value, on every rank."""
+    held = [value]
+    if ranks()[1] > 1:
+        dist.broadcast_object_list(held)
+    return held[0]
+
+
 def end_rank(status=0):
     """Ends a process of several: does what is registered for the end, prints what is still to be printed, and
     goes without taking the interpreter apart."""
-    # A thread of gloo lets go of the tensors of an exchange when the system next gives it a core, and needs
-    # Python's lock for it. If the interpreter is ending by then, Python up to 3.13 ends the thread inside a
-    # destructor of torch 2.13: SIGABRT, for a training that has succeeded (pytorch/pytorch#190489).
-    # destroy_process_group waits for that thread only if nothing else holds the group, but after fully_shard
-    # torch's caches for DTensor hold it. The children of multiprocessing end by os._exit, too.
+    # A thread of gloo may let go of its tensors so late that the interpreter is ending: in Python up to 3.13
+    # a SIGABRT, for a training that has succeeded (pytorch/pytorch#190489). destroy_process_group does not
+    # wait for that thread while torch's caches for DTensor hold the group, which they do after fully_shard.
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):       # its reader has gone, or it is closed

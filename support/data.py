@@ -21,7 +21,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from drr import UserError, code_fingerprint, ranks, replacing
-from support.common import EXTENSIONS, autocast, crop, open_image, to_float
+from support.common import EXTENSIONS, autocast, crop, from_rank_0, open_image, to_float
 
 ARCHIVES = (".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".parquet")
 SPLITS = {"train": "train", "val": "validation", "test": "test"}       # our names and the Hugging Face hub's
@@ -50,7 +50,7 @@ class Files:
 
     @functools.cached_property
     def content(self):
-        """A short hash of the names, sizes and (of up to 1,024 images) contents: the same wherever they lie."""
+        """A short hash of names, sizes and (of up to 1,024 images) contents: the same wherever they lie."""
         def sizes(start):                                    # of an archive's images, their sum
             some = range(start, min(start + 1024, len(self)))
             return [os.path.getsize(self[i]) for i in some] if self.table is None else self.table.data.nbytes
@@ -359,10 +359,7 @@ def cached_codes(views, vae, directory, device, dtype):
     digest = hashlib.sha256(json.dumps(content).encode() + views.file_of.tobytes() + views.crop_of.tobytes())
     path = Path(directory) / f"codes-{digest.hexdigest()[:16]}.npy"
     state_path = path.with_name(f"{path.stem}-files.npy")
-    made = [path.exists()]
-    if ranks()[1] > 1:                                       # a network disk may tell each rank another tale
-        dist.broadcast_object_list(made)
-    if not made[0]:
+    if not from_rank_0(path.exists()):                       # a network disk may tell each rank another tale
         encode_views(views, vae, path, state_path, device, dtype)
     try:
         codes, state = (np.load(file, mmap_mode="r") for file in (path, state_path))

@@ -31,8 +31,8 @@ from tqdm import tqdm
 
 import drr
 from drr import UserError, ranks, replacing
-from support.common import (HERE, add_device_arguments, end_rank, matrix_rate, pick_device, precision_name,
-                            synchronize)
+from support.common import (HERE, add_device_arguments, end_rank, from_rank_0, matrix_rate, pick_device,
+                            precision_name, synchronize)
 
 WHOLE = sharded_states.StateDictOptions(full_state_dict=True, cpu_offload=True)     # gathered, to be saved
 
@@ -80,8 +80,7 @@ def join_ranks(args):
         torch.cuda.set_device(device)
     # The timeout is for what one rank does while the others wait: pictures, checkpoints, encoding its share.
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
-    dist.broadcast_object_list(choice := [dtype])      # each has measured its own; they must not mix
-    dtype = choice[0]
+    dtype = from_rank_0(dtype)                 # each has measured its own; they must not mix
     torch.backends.cudnn.allow_tf32 = dtype != torch.float32           # as pick_device sets it
     if dist.get_rank() > 0:
         sys.stdout = open(os.devnull, "w")     # only rank 0 prints
@@ -348,10 +347,7 @@ class States:
     def load(self):
         """Restores the newest state that is whole, and returns its step. Raises UserError where none is, and
         where it belongs to another model or (unless --force) to other settings or data."""
-        newest = [self.newest_whole() if ranks()[0] == 0 else None]
-        if ranks()[1] > 1:
-            dist.broadcast_object_list(newest)
-        path = newest[0]
+        path = from_rank_0(self.newest_whole() if ranks()[0] == 0 else None)
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         self.compare(path, state["settings"])
         for name, part in self.parts.items():
@@ -443,7 +439,7 @@ class Log:
 
     def begin_row(self):
         self.seconds = self.images = self.unreadable = 0
-        self.mark = time.perf_counter()        # looking and writing are left out of the speed
+        self.mark = time.perf_counter()
 
     def count(self, done, unreadable=0):
         """To be called after each step; unreadable: how many of its files were."""
@@ -479,9 +475,10 @@ class Log:
                 print(*("" if row.get(name) is None else row[name] for name in self.columns), sep=",", file=f)
         self.begin_row()
 
-    def draw(self):
-        """OUT/plots.png, where matplotlib is installed. If it fails, training goes on."""
-        if ranks()[0] == 0 and importlib.util.find_spec("matplotlib"):
+    def end_step(self, look):
+        """After a `look` draws OUT/plots.png, where matplotlib is installed; if it fails, training goes on.
+        What came after `count`, looking and saving, is left out of the speed."""
+        if look and ranks()[0] == 0 and importlib.util.find_spec("matplotlib"):
             draw = [sys.executable, "-m", "tools.plots", self.path.parent.resolve()]
             if subprocess.run(draw, cwd=HERE, stdout=subprocess.DEVNULL).returncode:
                 print("WARNING: plots.png was not drawn", file=sys.stderr)

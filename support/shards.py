@@ -58,7 +58,7 @@ def open_archives(archives, class_names):
     of_class = next(known, None)
     values = table[of_class][:] if of_class else len(table) * [None]
     if "json" in kinds and None in values:
-        values = [document.get("label") if isinstance(document, dict) else value
+        values = [document.get("label") if value is None and isinstance(document, dict) else value
                   for value, document in zip(values, table["json"][:])]
     table = table.select_columns(fields).with_format("arrow")
     if all(value is None for value in values):

@@ -236,6 +236,12 @@ def test_parquet_files_deliver_pictures_with_named_classes(tmp_path, name, split
         assert data.validation_images(tmp_path, 16, 9, ["goldfish", "tench"])[1].tolist() == [0, 1, 0]
 
 
+def test_a_label_comes_from_json_only_where_there_is_no_cls(tmp_path):
+    more = {"2.png": PNG, "2.json": b'{"label": 1}', "3.png": PNG, "3.cls": b"1", "3.json": b'{"width": 64}'}
+    lay_out(tmp_path, {"train/0.tar": tar(GOOD, more)})
+    assert data.find_images(tmp_path)[1].tolist() == [0, 1, 1, 1]
+
+
 def test_every_picture_of_a_shard_is_used_or_counted(tmp_path, capsys):
     more = {"2.png": b"broken", "2.cls": b"1"}
     views = make_views(lay_out(tmp_path, {"train/0.tar": tar(GOOD, GOOD, more)}), load=True)
@@ -570,8 +576,7 @@ def test_broken_files_are_dropped_from_the_cache_and_from_the_views(partly_broke
 
 
 def test_whether_a_cache_exists_is_asked_of_rank_0(tmp_path, vae, monkeypatch, encoded):
-    monkeypatch.setattr(data, "ranks", lambda: (1, 2))
-    monkeypatch.setattr(data.dist, "broadcast_object_list", lambda answer: answer.__setitem__(0, True))
+    monkeypatch.setattr(data, "from_rank_0", lambda there: True)
     with pytest.raises(drr.UserError, match="damaged .*No such file"):         # rank 0 sees one
         cached(make_views(size=32), vae, tmp_path)
     assert not encoded

@@ -53,7 +53,7 @@ def vae_step(config, batch):
     c = config.vae
     vae = drr.RQVAE(c)
     disc = train_vae.Discriminator(c.disc, c.disc_ch, c.disc_layers)
-    x = torch.rand(batch, 3, c.resolution, c.resolution) * 2 - 1
+    x = torch.rand(batch, 3, vae.size, vae.size) * 2 - 1
 
     def step():
         recon, commitment, *_ = vae(x)
@@ -87,8 +87,9 @@ def test_memory_and_operations_of_a_transformer_step(more):
     assert estimate.flops_per_image("transformer", config) == pytest.approx(flops, rel=0.03)
 
 
-def test_memory_and_operations_of_a_vae_step():
-    config = load_config("smoke", ["vae.ch=32"])
+@pytest.mark.parametrize("more", [[], ["vae.upscale=2"]])
+def test_memory_and_operations_of_a_vae_step(more):
+    config = load_config("smoke", ["vae.ch=32", *more])
     step, models = vae_step(config, 4)
     step()
     guess = estimate.memory("vae", config, 1, torch.float32, batch=4)

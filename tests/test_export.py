@@ -465,8 +465,9 @@ def test_a_whole_decode_on_a_gpu_draws_pytorchs_codes(of, backend, request, tmp_
     (checkpoint, folder), device = request.getfixturevalue(of), torch.device("cuda")
     if backend == "trt":
         pytest.importorskip("tensorrt")
+        monkeypatch.setattr(backends, "engine_folder", lambda directory: tmp_path)
         export.build_engines(folder, backends.read_manifest(folder), tmp_path, 1)
-    model, info = backends.load(backend, folder, device, tmp_path)
+    model, info = backends.load(backend, folder, device)
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)             # which the engines do without
     vae, transformer, _ = drr.load_checkpoint(checkpoint)
     ours = drr.TorchModel(vae, transformer, device, torch.float32)

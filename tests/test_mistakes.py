@@ -232,6 +232,7 @@ MISTAKES = [
     (VAE_DATA, "micro_batch", ["vae.micro_batch=3"]),
     (VAE_DATA, "vae.ch", ["vae.ch=33"]),
     (VAE_DATA, "disc_layers", ["vae.disc_layers=6"]),
+    (VAE_DATA, "disc_layers", ["vae.disc_layers=6 vae.disc_weight=0 vae.feature_weight=1"]),
     (VAE_DATA, "like.foo", ["like.foo=1"]),
     (VAE_DATA, "resume", ["--resume"]),
     (VAE_DATA, "file", ["--out file"]),
@@ -332,6 +333,12 @@ def test_trying_an_output_leaves_no_trace(tmp_path, there):
         path.write_text("an earlier picture")
     sample.check_writable(path)
     assert [p.read_text() for p in tmp_path.iterdir()] == ["an earlier picture"] * there
+
+
+def test_another_rank_may_try_the_same_output_meanwhile(tmp_path, monkeypatch):
+    touch = sample.Path.touch
+    monkeypatch.setattr(sample.Path, "touch", lambda path: touch(path) or path.unlink())
+    sample.check_writable(tmp_path / "x.png")
 
 
 def test_the_very_name_of_an_output_is_tried(tmp_path, monkeypatch):

@@ -63,6 +63,17 @@ def train(stage, out, *more, steps):
                   *more, cwd=out.parent)
 
 
+def test_looking_and_saving_are_left_out_of_the_speed(tmp_path, monkeypatch):
+    c = SimpleNamespace(batch_size=8, steps=9)
+    clock = iter([0, 1, 5, 6, 9])              # made; a step; saved; a step; saved
+    monkeypatch.setattr(runs, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    log = runs.Log(tmp_path, "vae", torch.nn.Linear(1, 1), c, 0, 1, 1, torch.device("cpu"), torch.float32)
+    for step in (1, 2):
+        log.count(step)
+        log.end_step(look=False)
+    assert log.seconds == 2 and log.images == 16
+
+
 def test_dropout_and_muon_resume_to_the_bit(tmp_path):
     options = ["--vae", BUNDLED / "vae.safetensors", "transformer.dropout=0.3", "transformer.muon_lr=0.01"]
     train("transformer", tmp_path / "whole", *options, steps=4)

@@ -35,7 +35,7 @@ import drr
 from drr import UserError, replacing
 from sample import check_writable
 from support import data, fast, runs
-from support.common import (BUNDLED, HERE, add_device_arguments, crop, open_image, pick_classes,
+from support.common import (BUNDLED, HERE, add_device_arguments, crop, from_rank_0, open_image, pick_classes,
                             precision_name, run, to_float, to_pixels)
 from support.perceptual import efficientnet_lite0
 from tools import strategies
@@ -232,14 +232,6 @@ def draw_samples(model, classes, parts, seed, c, device, update):
             np.save(f, to_pixels(model.decode(codes)))
     if world > 1:
         dist.barrier()
-
-
-def from_rank_0(value):
-    """Rank 0's value, on every rank."""
-    held = [value]
-    if drr.ranks()[1] > 1:
-        dist.broadcast_object_list(held)
-    return held[0]
 
 
 def claim_folder(folder, about):

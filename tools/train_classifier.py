@@ -20,7 +20,7 @@ from tqdm import tqdm
 from drr import UserError, replacing
 from sample import check_writable
 from support import data
-from support.common import add_device_arguments, load_config, pick_device, run, to_float
+from support.common import add_device_arguments, autocast, load_config, pick_device, run, to_float
 
 SIZE, WIDTHS, FEATURES = 32, (48, 96, 192), 64
 
@@ -103,7 +103,6 @@ def main():
     steps = args.epochs * (len(images) // args.batch_size)
     opt = torch.optim.AdamW(net.parameters(), lr=3e-3, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(opt, 3e-3, total_steps=steps, pct_start=0.2)
-    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     rng, started = np.random.default_rng(args.seed), time.time()
     bar = tqdm(total=steps, desc="train_classifier", unit="step")
     for epoch in range(args.epochs):
@@ -111,7 +110,7 @@ def main():
         for index in order.split(args.batch_size)[:len(images) // args.batch_size]:
             x = augment(to_float(images[index], device), rng)
             y = targets[index].to(device)
-            with autocast:
+            with autocast(device, dtype):
                 loss = F.cross_entropy(net(x)[1].float(), y, label_smoothing=0.1)
             loss.backward()
             opt.step()
@@ -119,7 +118,7 @@ def main():
             schedule.step()
             bar.update()
         net.eval()
-        with torch.no_grad(), autocast:
+        with torch.no_grad(), autocast(device, dtype):
             logits = torch.cat([net(to_float(x, device))[1].float().cpu() for x in val.split(256)])
         net.train()
         accuracy = (logits.argmax(1) == val_labels).float().mean().item()
