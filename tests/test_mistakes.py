@@ -217,6 +217,7 @@ MISTAKES = [
         "batch_size", "depth", "log_every", "save_every", "picture_every")],
     (VAE_DATA, "vae.ema_decay", ["vae.ema_decay=1.5"]),
     (VAE_DATA, "data.views", ["data.views=0"]),
+    (VAE_DATA, "data.favour_class is", ["data.favour_class=class9", "data.favour=4"]),
     (VAE_DATA, "data, vae", ["transformer.lr=1"]),
     (GIVEN, "transformer.", [f"transformer.{value}" for value in (
         "cond=image", "cond_dropout=2", "head_dim=0")]),
@@ -226,7 +227,7 @@ MISTAKES = [
     # --- train_vae.py
     (VAE, "--data", [""]),
     (f"{VAE} --data", "empty", ["empty"]),
-    (f"{VAE} --data", "nowhere", ["nowhere"]),
+    (f"{VAE} --data", "does not exist", ["nowhere", "file"]),
     (f"{VAE} --data", "broken", ["broken"]),
     ("train_vae.py smoke --data", "vae.steps=1 does not exist", ["vae.steps=1"]),
     (VAE_DATA, "micro_batch", ["vae.micro_batch=3"]),
