@@ -114,14 +114,6 @@ def test_what_a_training_writes_and_the_other_splits_are_no_classes(tmp_path, na
     assert classes == ["cat", "dog"] and len(files) == 2 and "runs/smoke" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("out", [".", "cat"])
-def test_a_training_does_not_write_where_its_images_are(tmp_path, out):
-    lay_out(tmp_path, {"cat/0.png": b""})
-    data.find_images(tmp_path, out=tmp_path / "cat" / "run")                   # left out, once it holds a run
-    with pytest.raises(drr.UserError, match="--out .* holds images of --data"):
-        data.find_images(tmp_path, out=tmp_path / out)
-
-
 def test_titles_come_from_classes_tsv_or_else_from_the_folder(tmp_path):
     assert data.class_titles(tmp_path, ["n01", "n02"]) == ["n01", "n02"]
     for mark in (b"", b"\xef\xbb\xbf"):                       # of the byte order, which Excel writes
@@ -223,8 +215,9 @@ def test_parquet_files_deliver_pictures_with_named_classes(tmp_path, name, split
 
 def test_every_picture_of_a_shard_is_used_or_counted(tmp_path, capsys):
     more = {"2.png": b"broken", "2.cls": b"1", "3.png": PNG, "3.json": b'{"label": 2}'}    # of another form
-    views = make_views(lay_out(tmp_path, {"train/0.tar": tar(GOOD, GOOD, more)}), load=True)
-    assert views.labels.tolist() == [0, 1, 0, 1, 2] and "skipped 1 of 6 files" in capsys.readouterr().out
+    views = make_views(lay_out(tmp_path, {"train/0.tar": tar(GOOD, GOOD, more)}), load=True, views=2)
+    assert views.labels.tolist() == [0, 0, 1, 1, 0, 0, 1, 1, 2, 2] and len(views.images) == 10
+    assert "skipped 1 of 6 files" in capsys.readouterr().out
 
 
 def test_a_shard_that_has_changed_is_read_again(packed):
@@ -383,32 +376,17 @@ def partly_broken(tmp_path):
     return lay_out(tmp_path, files)
 
 
-def test_broken_files_are_dropped_from_memory_and_reported(partly_broken, capsys):
-    views = make_views(partly_broken, load=True, views=2)
-    assert "skipped 1 of 6 files" in capsys.readouterr().out
-    assert len(views) == len(views.images) == 10 and 2 not in views.file_of
-    np.testing.assert_allclose(class_shares(views), [0.4, 0.6])                # two files against three
-
-
-def test_broken_files_are_replaced_and_counted_in_threads(partly_broken):
-    views = make_views(partly_broken)
-    drawn = [views.draw(step)[0] for step in range(6)]
-    batches = list(views.batches(0, 6))
-    assert [bad for _, _, bad in batches] == [(index == 2).sum() for index in drawn]
-    assert np.any(np.array(drawn) == 2)
-    for index, (images, labels, _) in zip(drawn, batches):
-        stand_ins = np.where(index == 2, 3, index)
-        assert len(images) == 8 and labels.tolist() == views.labels[stand_ins].tolist()
-
-
-def test_stand_ins_are_the_same_however_the_batch_is_shared(partly_broken):
+def test_broken_files_are_replaced_and_counted_however_the_batch_is_shared(partly_broken):
     (partly_broken / "b" / "0.png").write_bytes(b"broken")                     # two in a row, many views each
     views = make_views(partly_broken, views=120)
-    for step in range(6):
-        expected = np.isin(views.file_of[views.draw(step)[0]], [2, 3]).sum()   # images, not attempts
-        assert views[step][2] == expected
-        assert_same(parts_of(views, step), views[step])
-    assert sum(views[step][2] for step in range(6)) > 0
+    batches = list(views.batches(0, 6))                      # of threads
+    for step, batch in enumerate(batches):
+        index, _ = views.draw(step)
+        broken = np.isin(views.file_of[index], [2, 3])
+        assert batch[1].tolist() == views.labels[np.where(broken, 4 * 120, index)].tolist()
+        assert batch[2] == broken.sum()                      # images, not attempts
+        assert_same(parts_of(views, step), batch)
+    assert sum(bad for _, _, bad in batches) > 0
 
 
 @pytest.mark.parametrize("code", [errno.EACCES, errno.EIO, errno.EMFILE])
@@ -441,17 +419,14 @@ def test_validation_images_are_central_crops_of_known_classes():
     assert data.validation_images(PHOTOS / "train", 16, 10, ["n11939491"]) == (None, None)
 
 
-def test_validation_images_that_are_left_out_are_counted(tmp_path, capsys):
-    data.validation_images(lay_out(tmp_path, {"val/a/0.png": PNG, "val/a/1.png": b"", "val/b/2.png": PNG}),
-                           16, 10, ["a"])
+def test_validation_images_that_are_left_out_are_counted_and_have_to_leave_one(tmp_path, capsys):
+    lay_out(tmp_path, {"val/a/0.png": PNG, "val/a/1.png": b"", "val/b/2.png": PNG, "more/val/n1/1.png": b""})
+    data.validation_images(tmp_path, 16, 10, ["a"])
     assert "1 images of classes that the training lacks and 1 that" in capsys.readouterr().out
-
-
-def test_validation_images_that_are_all_broken_or_of_other_classes_are_the_users_mistake(tmp_path):
-    with pytest.raises(drr.UserError, match="with n09332890, .*training's classes .another, "):
-        data.validation_images(PHOTOS, 16, 10, ["another"])
-    with pytest.raises(drr.UserError, match="val, with n1, holds no readable"):
-        data.validation_images(lay_out(tmp_path, {"val/n1/1.png": b"broken"}), 16, 10, ["n1"])
+    for directory, message in ((tmp_path, "with a, b, .*training's classes .another, "),
+                               (tmp_path / "more", "val, with n1, holds no readable")):
+        with pytest.raises(drr.UserError, match=message):
+            data.validation_images(directory, 16, 10, ["another", "n1"])
 
 
 # === Token cache ============================================================================================
@@ -521,6 +496,7 @@ def test_broken_files_are_dropped_from_the_cache_and_from_the_views(partly_broke
         views = make_views(partly_broken, size=32, views=2)
         codes = cached(views, vae, tmp_path / "codes")
         assert codes.shape == (2, 10, 64, 4) and len(views) == 10
+        np.testing.assert_allclose(class_shares(views), [0.4, 0.6])            # two files against three
         assert_codes_of(views, codes, vae)
         assert "skipped 1 of 6 files" in capsys.readouterr().out
 
@@ -543,17 +519,9 @@ def test_a_cache_that_cannot_be_written_leaves_nothing_behind(tmp_path, vae, mon
 
 
 # The same cache by two ranks, and after an interruption.
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory, vae):
-    """The folder of the cache of two views of each photo, written by one process without interruption."""
-    directory = tmp_path_factory.mktemp("whole")
-    cached(make_views(size=32, views=2), vae, directory)
-    return directory
-
-
 @pytest.fixture
 def interrupted(tmp_path, vae, monkeypatch):
-    """The folder of the same cache, ended within the second block of four files."""
+    """The folder of a cache whose writer ended within the second block of four files."""
     left = [data.encode] * 3                                 # a block: 8 views, then their mirror images
     monkeypatch.setattr(data.Views, "BLOCK", 4)
     with monkeypatch.context() as patched, pytest.raises(IndexError):
@@ -568,12 +536,13 @@ def content(directory):
 
 
 @pytest.mark.parametrize("lost, count", [("", 15 - 4), ("codes-*.part", 15), ("codes-*-files.npy", 15)])
-def test_a_cache_goes_on_where_it_was_but_half_a_state_is_not_trusted(interrupted, whole, vae, encoded, lost,
-                                                                      count):
+def test_a_cache_goes_on_but_not_from_half_a_state(interrupted, tmp_path, vae, encoded, lost, count):
     for file in interrupted.glob(lost or "nothing"):
         file.unlink()
     cached(make_views(size=32, views=2), vae, interrupted)
-    assert content(interrupted) == content(whole) and sum(encoded) == count * 2 * 2
+    assert sum(encoded) == count * 2 * 2
+    cached(make_views(size=32, views=2), vae, tmp_path / "whole")
+    assert content(interrupted) == content(tmp_path / "whole")
 
 
 def on_two_ranks(pictures, directory, vae, monkeypatch):
