@@ -13,7 +13,6 @@ from conftest import TESTS, random_checkpoint
 from PIL import Image
 from processes import execute
 
-import drr
 from support import common
 from tools import evaluate, train_classifier
 
