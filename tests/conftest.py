@@ -21,6 +21,7 @@ sys.dont_write_bytecode = True
 import drr  # after the path to it
 import processes
 from processes import PHOTOS, STAGES
+from support import common
 
 
 def pytest_configure(config):
@@ -67,6 +68,16 @@ def tiny_transformer(positions=16, depth=4, classes=5, codebook_size=24, code_di
         for p in model.parameters():
             p.add_(torch.randn(p.shape, generator=generator), alpha=std)
     return model.requires_grad_(False).eval()
+
+
+def random_checkpoint(folder, classes, titles):
+    """Random weights of the preset `smoke`."""
+    config = common.load_config("smoke")
+    torch.manual_seed(0)
+    vae = drr.RQVAE(config.vae)
+    transformer = drr.ContextualRQTransformer(config.transformer, len(classes), 64, 4, vae.quantizer.codebook)
+    drr.save_vae(folder / "vae.safetensors", vae, config)
+    drr.save_transformer(folder / "transformer.safetensors", transformer, config, classes, titles, vae)
 
 
 def torch_model(transformer):

@@ -2,13 +2,10 @@
 (seed, step) alone, and that the token cache is the same however it came about."""
 import errno
 import io
-import json
 import os
-import shutil
-import signal
-import subprocess
-import sys
 import tarfile
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import datasets
@@ -118,14 +115,6 @@ def test_what_a_training_writes_and_the_other_splits_are_no_classes(tmp_path, na
     assert classes == ["cat", "dog"] and len(files) == 2 and "runs/smoke" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("out", [".", "cat"])
-def test_a_training_does_not_write_where_its_images_are(tmp_path, out):
-    lay_out(tmp_path, {"cat/0.png": b""})
-    data.find_images(tmp_path, out=tmp_path / "cat" / "run")                   # left out, once it holds a run
-    with pytest.raises(drr.UserError, match="--out .* holds images of --data"):
-        data.find_images(tmp_path, out=tmp_path / out)
-
-
 def test_titles_come_from_classes_tsv_or_else_from_the_folder(tmp_path):
     assert data.class_titles(tmp_path, ["n01", "n02"]) == ["n01", "n02"]
     for mark in (b"", b"\xef\xbb\xbf"):                       # of the byte order, which Excel writes
@@ -175,13 +164,6 @@ def test_what_cannot_be_found_is_said_in_a_sentence(tmp_path, files, message):
         data.find_images(lay_out(tmp_path, files))
 
 
-def test_a_folder_that_is_missing_or_a_file_is_refused(tmp_path):
-    lay_out(tmp_path, {"notes.txt": b""})
-    for name in ("missing", "notes.txt"):
-        with pytest.raises(drr.UserError, match="does not exist"):
-            data.find_images(tmp_path / name)
-
-
 # === Tar shards =============================================================================================
 @pytest.fixture
 def packed(tmp_path):
@@ -189,12 +171,7 @@ def packed(tmp_path):
     files, labels, classes = data.find_images(PHOTOS)
     tars = [{}, {}, {}]
     for i, (path, label) in enumerate(zip(files, labels)):
-        prefix = "a/" + "long/" * 40 if i == 1 else ""                         # a name over 100 bytes
-        tars[i // 6][prefix + path.name] = path.read_bytes()
-        if i == 0:                                                             # the other notation
-            tars[i // 6][path.stem + ".json"] = b'{"label": 0, "filename": "x"}'
-        else:
-            tars[i // 6][prefix + path.stem + ".cls"] = b"%d" % label
+        tars[i // 6] |= {path.name: path.read_bytes(), path.stem + ".cls": b"%d" % label}
     table = "wnid\tname\n" + "".join(f"{name}\tx\n" for name in classes)
     content = {f"train/{i:06d}.tar": tar(samples) for i, samples in enumerate(tars)}
     return lay_out(tmp_path / "shards", {"classes.tsv": table.encode(), **content})
@@ -215,7 +192,8 @@ def test_classes_of_shards_are_numbers_where_no_table_names_them_and_need_not_be
     (packed / "classes.tsv").unlink()
     _, labels, classes = data.find_images(packed)
     assert classes == [str(i) for i in range(labels.max() + 1)]
-    content = {"0.jpg": PNG, "0.json": b'{"caption": null}', "1.PNG": PNG, "1.json": b'{"caption": "x"}'}
+    long = "long/" * 40                                                        # a name over 100 bytes
+    content = {"0.jpg": PNG, "0.json": b'{"caption": null}', long + "1.PNG": PNG}
     files, labels, classes = data.find_images(lay_out(tmp_path, {"0.tar": tar(content), "._0.tar": b"Mac"}))
     assert [file.name for file in files] == ["0.jpg", "1.PNG"] and classes == [""]
     assert labels.tolist() == [0, 0]
@@ -243,9 +221,10 @@ def test_a_label_comes_from_json_only_where_there_is_no_cls(tmp_path):
 
 
 def test_every_picture_of_a_shard_is_used_or_counted(tmp_path, capsys):
-    more = {"2.png": b"broken", "2.cls": b"1"}
-    views = make_views(lay_out(tmp_path, {"train/0.tar": tar(GOOD, GOOD, more)}), load=True)
-    assert len(views) == 4 and "skipped 1 of 5 files" in capsys.readouterr().out
+    more = {"2.png": b"broken", "2.cls": b"1", "3.png": PNG, "3.json": b'{"label": 2}'}    # of another form
+    views = make_views(lay_out(tmp_path, {"train/0.tar": tar(GOOD, GOOD, more)}), load=True, views=2)
+    assert views.labels.tolist() == [0, 0, 1, 1, 0, 0, 1, 1, 2, 2] and len(views.images) == 10
+    assert "skipped 1 of 6 files" in capsys.readouterr().out
 
 
 def test_a_shard_that_has_changed_is_read_again(packed):
@@ -284,40 +263,25 @@ def test_crops_differ_between_files_and_are_the_same_in_every_run(tmp_path):
 
 
 # === Formats ================================================================================================
-def test_transparency_becomes_white(tmp_path):
-    Image.new("RGBA", (8, 8), (255, 0, 0, 0)).save(tmp_path / "clear.png")
-    Image.new("LA", (8, 8), (0, 0)).save(tmp_path / "clear-grey.png")
-    palette = Image.new("P", (8, 8), 1)
-    palette.putpalette([0, 0, 0, 255, 0, 0])
-    palette.save(tmp_path / "palette.png", transparency=1)
-    for name in ("clear.png", "clear-grey.png", "palette.png"):
-        assert np.all(np.array(common.open_image(tmp_path / name)) == 255), name
-
-
 @pytest.mark.parametrize("mode, colour, suffix, expected", [
     ("L", 100, "png", (100, 100, 100)),
     ("1", 1, "png", (255, 255, 255)),
-    ("P", 0, "gif", None),
+    ("P", 0, "gif", (255, 255, 255)),                        # transparent, as below
+    ("P", 0, "png", (255, 255, 255)),
+    ("LA", (0, 0), "png", (255, 255, 255)),
+    ("RGBA", (255, 0, 0, 0), "png", (255, 255, 255)),
     ("CMYK", (0, 0, 0, 255), "jpg", (0, 0, 0)),
     ("RGBA", (0, 0, 200, 255), "png", (0, 0, 200)),
     ("RGB", (10, 20, 30), "bmp", (10, 20, 30)),
-    ("RGB", (10, 20, 30), "webp", None),
+    ("RGB", (10, 20, 30), "webp", (10, 20, 30)),
     ("RGB", (10, 20, 30), "tiff", (10, 20, 30)),
     ("I;16", 100 * 257, "png", (100, 100, 100))])            # Pillow alone would clip it at 255
-def test_every_kind_of_picture_becomes_rgb(tmp_path, mode, colour, suffix, expected):
+def test_every_kind_of_picture_becomes_rgb_and_transparency_white(tmp_path, mode, colour, suffix, expected):
     path = tmp_path / f"picture.{suffix}"
-    Image.new(mode, (9, 7), colour).save(path)
+    Image.new(mode, (9, 7), colour).save(path, **{"transparency": 0} if mode == "P" else {})
     opened = common.open_image(path)
     assert opened.mode == "RGB" and opened.size == (9, 7)
-    if expected:
-        assert np.abs(np.array(opened).astype(int) - expected).max() <= 4
-
-
-def test_the_camera_s_orientation_is_respected(tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6                                         # turn by 90 degrees to see it upright
-    picture().save(tmp_path / "turned.jpg", exif=exif)
-    assert common.open_image(tmp_path / "turned.jpg").size == (30, 40)
+    assert np.abs(np.array(opened).astype(int) - expected).max() <= 4
 
 
 def test_what_is_no_picture_or_of_unknown_brightness_is_the_users_mistake(tmp_path):
@@ -396,13 +360,6 @@ def test_classes_are_as_frequent_as_balance_and_favour_say(balance, favour):
         np.testing.assert_allclose(p[views.labels == c], p[views.labels == c][0])      # all of a class alike
 
 
-@pytest.mark.parametrize("changes, message", [
-    (dict(favour_class="class9"), "class9"), (dict(favour=4.0), "favour_class")])
-def test_an_unknown_favourite_is_refused(changes, message):
-    with pytest.raises(drr.UserError, match=message):
-        counted([1, 3], **changes)
-
-
 def test_draws_follow_the_cdf():
     views = counted([1, 3, 4], class_views=4, balance=0.5)
     p, n = np.diff(views.cdf, prepend=0), 8 * 2000
@@ -426,32 +383,17 @@ def partly_broken(tmp_path):
     return lay_out(tmp_path, files)
 
 
-def test_broken_files_are_dropped_from_memory_and_reported(partly_broken, capsys):
-    views = make_views(partly_broken, load=True, views=2)
-    assert "skipped 1 of 6 files" in capsys.readouterr().out
-    assert len(views) == len(views.images) == 10 and 2 not in views.file_of
-    np.testing.assert_allclose(class_shares(views), [0.4, 0.6])                # two files against three
-
-
-def test_broken_files_are_replaced_and_counted_in_threads(partly_broken):
-    views = make_views(partly_broken)
-    drawn = [views.draw(step)[0] for step in range(6)]
-    batches = list(views.batches(0, 6))
-    assert [bad for _, _, bad in batches] == [(index == 2).sum() for index in drawn]
-    assert np.any(np.array(drawn) == 2)
-    for index, (images, labels, _) in zip(drawn, batches):
-        stand_ins = np.where(index == 2, 3, index)
-        assert len(images) == 8 and labels.tolist() == views.labels[stand_ins].tolist()
-
-
-def test_stand_ins_are_the_same_however_the_batch_is_shared(partly_broken):
+def test_broken_files_are_replaced_and_counted_however_the_batch_is_shared(partly_broken):
     (partly_broken / "b" / "0.png").write_bytes(b"broken")                     # two in a row, many views each
     views = make_views(partly_broken, views=120)
-    for step in range(6):
-        expected = np.isin(views.file_of[views.draw(step)[0]], [2, 3]).sum()   # images, not attempts
-        assert views[step][2] == expected
-        assert_same(parts_of(views, step), views[step])
-    assert sum(views[step][2] for step in range(6)) > 0
+    batches = list(views.batches(0, 6))                      # of threads
+    for step, batch in enumerate(batches):
+        index, _ = views.draw(step)
+        broken = np.isin(views.file_of[index], [2, 3])
+        assert batch[1].tolist() == views.labels[np.where(broken, 4 * 120, index)].tolist()
+        assert batch[2] == broken.sum()                      # images, not attempts
+        assert_same(parts_of(views, step), batch)
+    assert sum(bad for _, _, bad in batches) > 0
 
 
 @pytest.mark.parametrize("code", [errno.EACCES, errno.EIO, errno.EMFILE])
@@ -484,17 +426,14 @@ def test_validation_images_are_central_crops_of_known_classes():
     assert data.validation_images(PHOTOS / "train", 16, 10, ["n11939491"]) == (None, None)
 
 
-def test_validation_images_that_are_left_out_are_counted(tmp_path, capsys):
-    data.validation_images(lay_out(tmp_path, {"val/a/0.png": PNG, "val/a/1.png": b"", "val/b/2.png": PNG}),
-                           16, 10, ["a"])
+def test_validation_images_that_are_left_out_are_counted_and_have_to_leave_one(tmp_path, capsys):
+    lay_out(tmp_path, {"val/a/0.png": PNG, "val/a/1.png": b"", "val/b/2.png": PNG, "more/val/n1/1.png": b""})
+    data.validation_images(tmp_path, 16, 10, ["a"])
     assert "1 images of classes that the training lacks and 1 that" in capsys.readouterr().out
-
-
-def test_validation_images_that_are_all_broken_or_of_other_classes_are_the_users_mistake(tmp_path):
-    with pytest.raises(drr.UserError, match="with n09332890, .*training's classes .another, "):
-        data.validation_images(PHOTOS, 16, 10, ["another"])
-    with pytest.raises(drr.UserError, match="val, with n1, holds no readable"):
-        data.validation_images(lay_out(tmp_path, {"val/n1/1.png": b"broken"}), 16, 10, ["n1"])
+    for directory, message in ((tmp_path, "with a, b, .*training's classes .another, "),
+                               (tmp_path / "more", "val, with n1, holds no readable")):
+        with pytest.raises(drr.UserError, match=message):
+            data.validation_images(directory, 16, 10, ["another", "n1"])
 
 
 # === Token cache ============================================================================================
@@ -535,26 +474,19 @@ def test_cached_codes_are_those_of_the_crops_and_of_their_mirror_images(tmp_path
     assert np.array_equal(cached(make_views(size=32, views=2, flip=False), vae, tmp_path), codes[:1])
 
 
-def test_the_cache_is_reused_and_belongs_to_weights_and_views(tmp_path, vae, encoded):
+def test_the_cache_is_reused_and_belongs_to_weights_views_and_contents(packed, tmp_path, vae, encoded):
+    tmp_path = tmp_path / "codes"
     first = np.array(cached(make_views(size=32), vae, tmp_path))
     written = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
     encoded.clear()
     assert np.array_equal(cached(make_views(size=32), vae, tmp_path), first) and not encoded
     assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == written
-    for views, model in ((make_views(size=32), small_vae(1)), (make_views(size=32, seed=1, views=2), vae)):
+    for views, model in ((make_views(size=32), small_vae(1)), (make_views(size=32, seed=1, views=2), vae),
+                         (make_views(packed, size=32), vae)):                  # the same names
         before = len(list(tmp_path.iterdir()))
         encoded.clear()
         cached(views, model, tmp_path)
         assert encoded and len(list(tmp_path.iterdir())) > before
-
-
-def test_the_cache_notices_that_a_file_has_changed_in_place(tmp_path, vae):
-    caches = []
-    for seed in range(2):
-        picture(seed, (32, 32)).save(tmp_path / "1.bmp")     # always of the same size
-        views = make_views(tmp_path, size=32)
-        caches.append(np.array(cached(views, vae, tmp_path / "codes")))
-    assert not np.array_equal(*caches)
 
 
 @pytest.mark.parametrize("which", ["codes-*[0-9a-f].npy", "codes-*-files.npy"])
@@ -571,6 +503,7 @@ def test_broken_files_are_dropped_from_the_cache_and_from_the_views(partly_broke
         views = make_views(partly_broken, size=32, views=2)
         codes = cached(views, vae, tmp_path / "codes")
         assert codes.shape == (2, 10, 64, 4) and len(views) == 10
+        np.testing.assert_allclose(class_shares(views), [0.4, 0.6])            # two files against three
         assert_codes_of(views, codes, vae)
         assert "skipped 1 of 6 files" in capsys.readouterr().out
 
@@ -591,96 +524,64 @@ def test_a_cache_that_cannot_be_written_leaves_nothing_behind(tmp_path, vae, mon
     assert os.listdir(tmp_path) == []
 
 
-# The same cache from several processes, and from a process that was killed. A worker is this module in a
-# process of its own: it writes the caches of several data sets, and says how many images it encoded and which
-# files it kept.
-def work(rank, world, store, kill_at, *jobs):
-    if world > 1:
-        torch.distributed.init_process_group("gloo", f"file://{store}", rank=rank, world_size=world)
-    torch.set_num_threads(1)
-    data.Views.BLOCK = 4
-    counts, original = [], data.encode
-
-    def encode(model, x, dtype):
-        counts.append(len(x))
-        if len(counts) == kill_at:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return original(model, x, dtype)
-
-    data.encode = encode
-    result = []
-    for pictures, directory in zip(jobs[::2], jobs[1::2]):
-        counts.clear()
-        views = make_views(pictures, size=32, views=2)
-        codes = cached(views, small_vae(), directory)
-        result.append((sum(counts), views.file_of.tolist(), codes.shape[1]))
-    print("RESULT" + json.dumps(result))
-
-
-def start_worker(rank, world, store, kill_at, *jobs):
-    arguments = f"{rank}, {world}, {str(store)!r}, {kill_at}, *{[str(job) for job in jobs]}"
-    code = f"import sys; sys.path.insert(0, {str(TESTS)!r}); import test_data; test_data.work({arguments})"
-    pipe = subprocess.PIPE
-    return subprocess.Popen([sys.executable, "-c", code], stdout=pipe, stderr=pipe, text=True)
-
-
-def suffixes(directory):
-    return sorted(path.suffix for path in directory.iterdir())
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory, vae):
-    """The folder of the cache of two views of each photo, written by one process without interruption."""
-    directory = tmp_path_factory.mktemp("whole")
-    cached(make_views(size=32, views=2), vae, directory)
-    return directory
-
-
-@pytest.fixture(scope="module")
-def interrupted(tmp_path_factory):
-    """The folder of the same cache whose writer was killed within the second block of four files."""
-    directory = tmp_path_factory.mktemp("interrupted")
-    worker = start_worker(0, 1, "", 4, PHOTOS, directory)    # a block: 8 views, then their mirror images
-    worker.communicate()
-    assert worker.returncode == -signal.SIGKILL and suffixes(directory) == [".npy", ".part"]
-    return directory
+# The same cache by two ranks, and after an interruption.
+@pytest.fixture
+def interrupted(tmp_path, vae, monkeypatch):
+    """The folder of a cache whose writer ended within the second block of four files."""
+    left = [data.encode] * 3                                 # a block: 8 views, then their mirror images
+    monkeypatch.setattr(data.Views, "BLOCK", 4)
+    with monkeypatch.context() as patched, pytest.raises(IndexError):
+        patched.setattr(data, "encode", lambda *arguments: left.pop()(*arguments))
+        cached(make_views(size=32, views=2), vae, tmp_path / "interrupted")
+    assert sorted(path.suffix for path in (tmp_path / "interrupted").iterdir()) == [".npy", ".part"]
+    return tmp_path / "interrupted"
 
 
 def content(directory):
     return {path.name: path.read_bytes() for path in directory.iterdir()}
 
 
-def test_a_killed_cache_goes_on_where_it_was(interrupted, whole, tmp_path, vae, encoded):
-    shutil.copytree(interrupted, tmp_path / "resumed")
-    cached(make_views(size=32, views=2), vae, tmp_path / "resumed")
-    assert sum(encoded) == (15 - 4) * 2 * 2
-    assert content(tmp_path / "resumed") == content(whole)
-    assert suffixes(whole) == [".npy", ".npy"]
+@pytest.mark.parametrize("lost, count", [("", 15 - 4), ("codes-*.part", 15), ("codes-*-files.npy", 15)])
+def test_a_cache_goes_on_but_not_from_half_a_state(interrupted, tmp_path, vae, encoded, lost, count):
+    for file in interrupted.glob(lost or "nothing"):
+        file.unlink()
+    cached(make_views(size=32, views=2), vae, interrupted)
+    assert sum(encoded) == count * 2 * 2
+    cached(make_views(size=32, views=2), vae, tmp_path / "whole")
+    assert content(interrupted) == content(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("lost", ["codes-*.part", "codes-*-files.npy"])
-def test_half_a_state_is_not_trusted(interrupted, whole, tmp_path, vae, lost):
-    shutil.copytree(interrupted, tmp_path / "half")
-    [file] = (tmp_path / "half").glob(lost)
-    file.unlink()
-    cached(make_views(size=32, views=2), vae, tmp_path / "half")
-    assert content(tmp_path / "half") == content(whole)
+def on_two_ranks(pictures, directory, vae, monkeypatch):
+    """`cached` in two threads, each of which takes itself for a rank. Of each: how many images it encoded,
+    and the files and the number of codes that it kept."""
+    own, meeting, encode = threading.local(), threading.Barrier(2, timeout=300), data.encode
 
+    def count(model, x, dtype):
+        own.encoded += len(x)
+        return encode(model, x, dtype)
 
-def test_two_ranks_write_the_cache_of_one_and_end_what_one_began(interrupted, partly_broken, tmp_path, vae):
-    fresh, resumed, broken = (tmp_path / name for name in ("fresh", "resumed", "broken"))
-    shutil.copytree(interrupted, resumed)
-    jobs = [(PHOTOS, fresh), (PHOTOS, resumed), (partly_broken, broken)]
-    workers = [start_worker(rank, 2, tmp_path / "store", 0, *sum(jobs, ())) for rank in range(2)]
-    outputs = [worker.communicate(timeout=900) for worker in workers]
-    assert [worker.returncode for worker in workers] == [0, 0], outputs[0][1] + outputs[1][1]
-    results = [json.loads(out.partition("RESULT")[2]) for out, _ in outputs]
-    encoded = [[job[0] for job in result] for result in results]               # images, with mirrored ones
-    assert encoded == [[8 * 4, 6 * 4, 3 * 4 - 4], [7 * 4, 5 * 4, 3 * 4]]
-    for number, (pictures, directory) in enumerate(jobs):
+    def work(rank):
+        own.rank, own.encoded = rank, 0
         views = make_views(pictures, size=32, views=2)
-        cached(views, vae, tmp_path / f"alone{number}")
-        assert content(directory) == content(tmp_path / f"alone{number}")
-        for result in results:
-            assert result[number][1:] == [views.file_of.tolist(), len(views)]
-    assert "skipped 1 of 6 files" in outputs[0][0] and "skipped" not in outputs[1][0]
+        codes = cached(views, vae, directory)
+        return own.encoded, views.file_of.tolist(), codes.shape[1]
+
+    with monkeypatch.context() as patched, ThreadPoolExecutor(2) as pool:
+        patched.setattr(data, "encode", count)
+        patched.setattr(data, "ranks", lambda: (own.rank, 2))
+        patched.setattr(data.dist, "barrier", meeting.wait)
+        patched.setattr(data.dist, "broadcast_object_list", lambda answer: meeting.wait())
+        return list(pool.map(work, range(2)))
+
+
+def test_two_ranks_write_the_cache_of_one_and_end_what_one_began(interrupted, partly_broken, tmp_path, vae,
+                                                                 monkeypatch, capsys):
+    for pictures, directory, encoded in ((PHOTOS, tmp_path / "fresh", [8 * 4, 7 * 4]),
+                                         (PHOTOS, interrupted, [6 * 4, 5 * 4]),
+                                         (partly_broken, tmp_path / "broken", [3 * 4 - 4, 3 * 4])):
+        results = on_two_ranks(pictures, directory, vae, monkeypatch)
+        said, views = capsys.readouterr().out, make_views(pictures, size=32, views=2)
+        cached(views, vae, tmp_path / "alone")
+        assert results == [(count, views.file_of.tolist(), len(views)) for count in encoded]
+        assert content(directory).items() <= content(tmp_path / "alone").items()
+    assert said.count("skipped 1 of 6 files") == 1           # by rank 0

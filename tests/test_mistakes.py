@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from conftest import REPO, TESTS
+from conftest import REPO, TESTS, random_checkpoint
 from PIL import Image
 from processes import execute
 from safetensors import safe_open
@@ -62,13 +62,7 @@ def folder(tmp_path_factory):
     """A checkpoint with random weights in `good`, damaged copies of it, pictures and data of all kinds."""
     folder = tmp_path_factory.mktemp("mistakes")
     good = folder / "good"
-    config = common.load_config("smoke")
-    classes, titles = ["n1", "n2", "n3", "n4"], ["beacon", "lakeside", "volcano", "daisy"]
-    torch.manual_seed(0)
-    vae = drr.RQVAE(config.vae)
-    transformer = drr.ContextualRQTransformer(config.transformer, 4, 64, 4, vae.quantizer.codebook)
-    drr.save_vae(good / "vae.safetensors", vae, config)
-    drr.save_transformer(good / "transformer.safetensors", transformer, config, classes, titles, vae)
+    random_checkpoint(good, ["n1", "n2", "n3", "n4"], ["beacon", "lakeside", "volcano", "daisy"])
     for name in (*CHANGES, "truncated", "pickled", "halved", "swapped"):
         shutil.copytree(good, folder / name)
     for name, (file, change) in CHANGES.items():
@@ -217,6 +211,7 @@ MISTAKES = [
         "batch_size", "depth", "log_every", "save_every", "picture_every")],
     (VAE_DATA, "vae.ema_decay", ["vae.ema_decay=1.5"]),
     (VAE_DATA, "data.views", ["data.views=0"]),
+    (VAE_DATA, "data.favour_class is", ["data.favour_class=class9", "data.favour=4"]),
     (VAE_DATA, "data, vae", ["transformer.lr=1"]),
     (GIVEN, "transformer.", [f"transformer.{value}" for value in (
         "cond=image", "cond_dropout=2", "head_dim=0")]),
@@ -226,7 +221,7 @@ MISTAKES = [
     # --- train_vae.py
     (VAE, "--data", [""]),
     (f"{VAE} --data", "empty", ["empty"]),
-    (f"{VAE} --data", "nowhere", ["nowhere"]),
+    (f"{VAE} --data", "does not exist", ["nowhere", "file"]),
     (f"{VAE} --data", "broken", ["broken"]),
     ("train_vae.py smoke --data", "vae.steps=1 does not exist", ["vae.steps=1"]),
     (VAE_DATA, "micro_batch", ["vae.micro_batch=3"]),
@@ -236,6 +231,7 @@ MISTAKES = [
     (VAE_DATA, "like.foo", ["like.foo=1"]),
     (VAE_DATA, "resume", ["--resume"]),
     (VAE_DATA, "file", ["--out file"]),
+    (f"{VAE} --out flat", "holds images of --data", ["--data flat", "--data ."]),
     (VAE_DATA, "--force", ["--out good"]),
     *[(OFFICIAL, name, [name]) for name in (
         "nowhere.pt", "nowhere.safetensors", "file.pt", "evil.pt", "plain.pt", "short.safetensors")],
