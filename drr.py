@@ -260,11 +260,11 @@ class Decoder(nn.Module):
             if i > 0:                              # H -> 2 H
                 resample = named(up=nn.Upsample(scale_factor=2.0), conv=nn.Conv2d(width, width, 3, padding=1))
             self.up.append(Level([before] + [width] * (c.num_res_blocks + 1), attend, upsample=resample))
-        # DEVIATION: with vae.upscale the pictures are larger than the encoder's, as in Muse and Parti.
+        # DEVIATION: vae.upscale draws larger, as Muse does; bilinear: equal pixels end in a weave.
+        w = widths[0]
         self.enlarge = nn.Sequential(*(
-            named(up=nn.Upsample(scale_factor=2.0), conv=nn.Conv2d(widths[0], widths[0], 3, padding=1),
-                  block_1=ResBlock(widths[0], widths[0]), block_2=ResBlock(widths[0], widths[0]))
-            for _ in range(c.upscale.bit_length() - 1)))
+            named(up=nn.Upsample(scale_factor=2.0, mode="bilinear"), conv=nn.Conv2d(w, w, 3, padding=1),
+                  block_1=ResBlock(w, w), block_2=ResBlock(w, w)) for _ in range(c.upscale.bit_length() - 1)))
         self.norm_out = group_norm(widths[0])
         self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
 

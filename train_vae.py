@@ -38,8 +38,7 @@ class Discriminator(nn.Module):
 
     patchgan   VQGAN's (Isola et al. 2017): 4x4 convolutions of stride 2 with batch normalization
     spectral   pairs of 3x3 and of 4x4 convolutions of stride 2, spectrally normalized (Miyato et al. 2018), a
-               blur before each stride (Zhang 2019), borders reflected.
-               DEVIATION: steadier than the paper's in a short training with small batches
+               blur before each stride (Zhang 2019), borders reflected. DEVIATION: steadier in short trainings
     """
 
     def __init__(self, kind, ch, layers):

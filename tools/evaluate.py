@@ -107,8 +107,11 @@ def load_own_features(name, device):
         reason = str(error).splitlines()[0][:100]
         raise UserError(f"{path} is no program of torch.export ({type(error).__name__}: {reason}).") from None
     digest = hashlib.sha256(path.read_bytes()).hexdigest()[:8]
+    size = about.get("size") or math.inf
 
     def extract(images):
+        if images.shape[-1] > size:
+            images = F.interpolate(images, (size, size), mode="bicubic", antialias=True).clamp(-1, 1)
         try:
             out = net(images)
         except (RuntimeError, AssertionError) as error:      # a program asserts the shapes it was traced for
