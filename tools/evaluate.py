@@ -107,7 +107,7 @@ def load_own_features(name, device):
         reason = str(error).splitlines()[0][:100]
         raise UserError(f"{path} is no program of torch.export ({type(error).__name__}: {reason}).") from None
     digest = hashlib.sha256(path.read_bytes()).hexdigest()[:8]
-    size = about.get("size") or math.inf
+    size = about["size"] if name == "classifier" else math.inf           # others refuse what does not fit
 
     def extract(images):
         if images.shape[-1] > size:
