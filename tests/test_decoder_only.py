@@ -42,7 +42,8 @@ def fine_tuned(untrained_decoder, tmp_path_factory):
     return folder
 
 
-def test_a_new_decoder_leaves_the_codes_alone_and_draws_better(untrained_decoder, fine_tuned):
+def test_a_new_decoder_leaves_codes_and_transformer_alone_and_draws_better(untrained_decoder, fine_tuned,
+                                                                           tmp_path):
     folders = untrained_decoder, fine_tuned
     before, after = (drr.load_vae(folder / "vae.safetensors")[0] for folder in folders)
     changed = {name.split(".")[0] for name, value in before.state_dict().items()
@@ -54,9 +55,6 @@ def test_a_new_decoder_leaves_the_codes_alone_and_draws_better(untrained_decoder
         assert torch.equal(before.encode(images), after.encode(images))
         old, new = ((vae.decode(vae.encode(images)) - images).abs().mean().item() for vae in (before, after))
     assert new < 0.9 * old                                     # 0.71 when it was written
-
-
-def test_an_older_transformer_loads_beside_the_new_decoder(untrained_decoder, fine_tuned, tmp_path):
     drr.load_checkpoint(untrained_decoder)
     shutil.copy(untrained_decoder / "transformer.safetensors", tmp_path)
     shutil.copy(fine_tuned / "vae.safetensors", tmp_path)

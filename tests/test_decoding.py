@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from conftest import TESTS, random_codes, sample_section, teacher_forced, tiny_transformer, torch_model
+from conftest import TESTS, random_codes, sample_section, tiny_transformer, torch_model
 from safetensors.torch import load_file
 
 import drr
@@ -30,37 +30,17 @@ def test_partition_covers_every_position_once_in_sets_of_nearly_equal_size(n, T)
     assert max(sizes) - min(sizes) <= 1
 
 
-def test_partitions_are_uniformly_random():
-    images, n = 4000, 8
-    order, _ = drr.draw_noise(0, range(images), 1, n, 1)
-    first = drr.partition(order[0], 2)[0]                         # 4 of 8 positions
-    share = torch.zeros(images, n).scatter(1, first, 1.0).mean(0)
-    # 8 frequencies of 1/2 within 5 standard deviations: false alarm < 8 * 6e-7 = 5e-6 for a fresh seed.
-    assert torch.all((share - 0.5).abs() < 5 * 0.5 / images ** 0.5)
-
-
-def test_noise_of_an_image_depends_on_seed_and_index_alone():
+def test_noise_of_an_image_depends_on_seed_and_index_alone_and_more_rounds_extend_it():
     order, uniforms = drr.draw_noise(7, [0, 1, 2, 3], 3, N, D)
     for images in ([3], [2, 3], [3, 0]):
         other_order, other_uniforms = drr.draw_noise(7, images, 3, N, D)
         assert torch.equal(other_order, order[:, images])
         assert torch.equal(other_uniforms, uniforms[:, images])
     assert not torch.equal(drr.draw_noise(8, [0], 3, N, D)[1], uniforms[:, :1])
-    assert len(torch.unique(uniforms[0, :, 0, 0])) == 4           # four images, four numbers
-
-
-def test_more_rounds_extend_the_noise_and_do_not_change_it():
-    few, many = drr.draw_noise(7, [5], 1, N, D), drr.draw_noise(7, [5], 4, N, D)
-    assert torch.equal(many[0][:1], few[0]) and torch.equal(many[1][:1], few[1])
-    assert not torch.equal(many[1][1], many[1][0]) and not torch.equal(many[0][1], many[0][0])
-
-
-def test_uniforms_are_uniform_in_the_half_open_interval():
-    _, u = drr.draw_noise(0, range(50), 2, 64, 4)
-    assert u.dtype == torch.float32 and u.min() >= 0 and u.max() < 1
-    share = torch.histc(u, 10, 0, 1) / u.numel()
-    # 25,600 numbers, 10 bins within 5 standard deviations: false alarm < 10 * 6e-7 = 6e-6 for a fresh seed.
-    assert torch.all((share - 0.1).abs() < 5 * (0.09 / u.numel()) ** 0.5)
+    assert len(torch.unique(uniforms[:, :, 0, 0])) == 3 * 4       # three rounds of four images
+    assert not torch.equal(order[0], order[1])
+    few_orders, few_uniforms = drr.draw_noise(7, [0, 1, 2, 3], 1, N, D)
+    assert torch.equal(few_orders, order[:1]) and torch.equal(few_uniforms, uniforms[:1])
 
 
 # === Drawing one code =======================================================================================
@@ -103,12 +83,13 @@ def test_probabilities_agree_with_the_official_filters():
         torch.testing.assert_close(ours, fixture[name], atol=1e-5, rtol=0)
 
 
-def test_the_filters_at_their_ends_cut_nothing_or_all_but_the_most_likely():
-    logits = torch.randn(5, 7, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(drr.probabilities(logits, how(top_k=100)), logits.softmax(-1))
-    for cut in (how(top_k=1), how(top_p=1e-6)):
-        p = drr.probabilities(logits, cut)
-        assert torch.equal(p > 0, torch.nn.functional.one_hot(logits.argmax(-1), 7).bool())
+def test_top_k_keeps_so_many_codes_even_where_more_are_as_likely_and_top_p_at_least_one():
+    logits = torch.tensor([[1.0, 3.0, 3.0, 3.0], [2.0, 2.0, 0.0, 2.0]])
+    less_likely = logits < logits.amax(1, keepdim=True)
+    for cut, count in ((how(top_k=1), 1), (how(top_k=2), 2), (how(top_k=3), 3), (how(top_p=1e-6), 1)):
+        kept = drr.probabilities(logits, cut) > 0
+        assert kept.sum(1).tolist() == [count] * 2 and not (kept & less_likely).any()
+    torch.testing.assert_close(drr.probabilities(logits, how(top_k=9)), logits.softmax(-1))
 
 
 # === What reaches the networks: a fake model that keeps a diary =============================================
@@ -151,15 +132,11 @@ def test_draft_hides_what_is_not_drawn_yet_and_revise_only_the_current_set():
             expected.append(torch.zeros(3, N, dtype=torch.bool).scatter(1, current, True))
     for mask, correct in zip(model.masks, expected, strict=True):
         assert torch.equal(mask, correct)
+    # The depth transformer sees the current set alone: B n_t rows at each depth.
+    assert model.depth_rows == [3 * 4] * 4 * D + [3 * 8] * 2 * 2 * D
     phases = [(state.phase, state.round) for state in states]
     assert phases == [("draft", 0)] * 4 + [("revise", 1)] * 2 + [("revise", 2)] * 2
     assert [int(s.hidden[0].sum()) for s in states] == [12, 8, 4, 0, 0, 0, 0, 0]
-
-
-def test_only_the_selected_positions_reach_the_depth_transformer():
-    model = FakeModel()
-    decode(model, COND, t_draft=8, t_revise=2, rounds=1, revise_guidance=1.0)
-    assert model.depth_rows == [3 * 2] * 8 * D + [3 * 8] * 2 * D  # B * n_t rows, at each depth
 
 
 @pytest.mark.parametrize("draft, revise", [(1.0, 1.0), (1.0, 1.8), (1.5, 1.0), (0.0, 0.5)])
@@ -173,31 +150,21 @@ def test_guidance_doubles_the_batch_only_in_the_phase_that_has_it(draft, revise)
 
 
 # === In-painting ============================================================================================
-@pytest.mark.parametrize("t_draft, t_revise", [(3, 2), (64, 64)])
-def test_repainting_keeps_all_other_stacks_and_draws_the_region(t_draft, t_revise):
-    model = torch_model(tiny_transformer(N, D))
-    known = random_codes(3, N, D, seed=8)
-    region = torch.zeros(N, dtype=torch.bool)
-    region[[2, 3, 6, 7, 10]] = True
-    states = decode(model, COND, codes=known, region=region, t_draft=t_draft, t_revise=t_revise, rounds=2)
-    for state in states:
-        assert torch.equal(state.codes[:, ~region], known[:, ~region])
-        assert not state.hidden[:, ~region].any()
-    changed = (states[-1].codes != known).any(-1)[:, region]
-    # A stack stays as it was with a probability of 24^-4 or so: all five of a picture do not.
-    assert torch.all(changed.any(1))
-    assert len(states) == min(t_draft, 5) + 2 * min(t_revise, 5)
-
-
-def test_repainting_hides_and_draws_the_region_only():
+@pytest.mark.parametrize("t_draft, t_revise, draft_rows, revise_rows", [
+    (2, 3, [9] * 2, [6] * 3), (64, 64, [3] * 6, [3] * 6)])
+def test_repainting_hides_and_draws_the_region_only(t_draft, t_revise, draft_rows, revise_rows):
     model, known = FakeModel(), random_codes(3, N, D, codebook_size=6)
     region = torch.arange(N) % 3 == 0                             # 6 positions
-    decode(model, COND, codes=known, region=region, t_draft=2, t_revise=3, rounds=1, revise_guidance=1.0)
+    *_, last = decode(model, COND, codes=known, region=region, t_draft=t_draft, t_revise=t_revise, rounds=1,
+                      revise_guidance=1.0)
     assert torch.equal(model.masks[0], region.expand(3, N))
-    assert torch.equal(model.seen[0][:, ~region], known[:, ~region])
-    assert not torch.stack(model.masks)[:, :, ~region].any()
-    assert model.depth_rows == [9] * 2 * D + [6] * 3 * D
-    assert torch.equal(torch.stack(model.masks[2:]).sum(0), region.expand(3, N).long())
+    for codes in (*model.seen, last.codes):
+        assert torch.equal(codes[:, ~region], known[:, ~region])
+    assert not torch.stack(model.masks)[:, :, ~region].any() and not last.hidden.any()
+    assert model.depth_rows[::D] == draft_rows + revise_rows
+    assert torch.equal(torch.stack(model.masks[len(draft_rows):]).sum(0), region.expand(3, N).long())
+    # A stack stays as it was with a probability of 6^-4 or so: all six of a picture do not.
+    assert torch.all((last.codes != known).any(-1).any(1))
 
 
 # === The same picture whatever the batch ====================================================================
@@ -255,18 +222,6 @@ def test_drawn_stacks_follow_the_product_of_the_models_own_conditionals(T):
 
 
 # === The log-probability of a stack =========================================================================
-@torch.no_grad()
-def test_log_p_is_that_of_the_stack_when_it_was_drawn():
-    transformer, codes = tiny_transformer(N, D), random_codes(3, N, D)
-    positions, hidden = torch.tensor([[0, 5, 9]] * 3), torch.zeros(3, N, dtype=torch.bool)
-    _, uniforms = drr.draw_noise(0, range(3), 1, N, D)
-    before = drr.State("draft", 0, codes, hidden, torch.zeros(3, N))
-    state = drr.update(torch_model(transformer), before, positions, uniforms[0], COND, how(0.7, 1.8))
-    expected = teacher_forced(transformer, state.codes, hidden, positions, COND, 1.8, 0.7)
-    torch.testing.assert_close(state.log_p.gather(1, positions), expected, atol=1e-4, rtol=0)
-    assert torch.equal(state.log_p != 0, torch.zeros(3, N, dtype=torch.bool).scatter(1, positions, True))
-
-
 def test_log_p_counts_what_top_k_and_top_p_leave():
     """FakeModel's logits depend on condition and depth alone, so that each code's probability is known."""
     model, n = FakeModel(), 500

@@ -45,19 +45,14 @@ def test_the_hinge_loss():
     assert (real.item(), fake.item()) == pytest.approx((1.25, -1.0))
 
 
-def test_the_reconstruction_and_commitment_losses():
+def test_the_reconstruction_perceptual_and_commitment_losses():
     x, recon = images(0.0, 0.5), images(0.1, 0.1)              # differences of 0.1 and -0.4
-    terms = objective(section(), x, recon, commitment=2.0, beta=0.25)
-    assert terms["reconstruction"].item() == pytest.approx((0.01 + 0.16) / 2)
-    assert terms["loss"].item() == pytest.approx(0.085 + 0.5)
-    assert objective(section(loss="l1"), x, recon)["loss"].item() == pytest.approx(0.25)
-
-
-def test_the_perceptual_distance_is_added_with_its_weight():
     distance = lambda a, b: (a - b).abs().mean((1, 2, 3))
-    terms = objective(section(perceptual_weight=3.0), images(0.0), images(0.5), distance=distance)
-    assert terms["perceptual"].item() == pytest.approx(0.5)
-    assert terms["loss"].item() == pytest.approx(0.25 + 3 * 0.5)
+    terms = objective(section(perceptual_weight=3.0), x, recon, commitment=2.0, beta=0.25, distance=distance)
+    assert terms["reconstruction"].item() == pytest.approx((0.01 + 0.16) / 2)
+    assert terms["perceptual"].item() == pytest.approx(0.25)
+    assert terms["loss"].item() == pytest.approx(0.085 + 3 * 0.25 + 0.25 * 2.0)
+    assert objective(section(loss="l1"), x, recon)["loss"].item() == pytest.approx(0.25)
 
 
 def test_the_generator_loss_and_its_share():

@@ -7,7 +7,7 @@ import torch
 
 from support import runs
 from drr import UserError
-from processes import STAGES, finished, receives, refused, rows, torchrun, train, weights
+from processes import finished, receives, refused, rows, torchrun, train, weights
 
 EACH_RANK = """
 import torch
@@ -30,7 +30,8 @@ def assert_follows(one, two, rel):
 
 
 def test_stage_one_on_two_ranks_follows_the_run_on_one(whole, arguments, tmp_path):
-    """With the adversary, whose BatchNorm sees the same micro-batches; the ranks' weights are identical."""
+    """With the adversary, whose BatchNorm sees the same micro-batches: two of them are accumulated by one
+    rank, and averaged over two. The ranks' weights are identical."""
     # Four steps, two of them with the adversary: rounding grows by Adam's first steps. After six the
     # difference was too large on an AMD EPYC.
     four = arguments("vae", tmp_path / "two", "vae.steps=4")
@@ -59,15 +60,6 @@ def test_stage_two_on_two_ranks_follows_the_run_on_one_and_resumes(whole, argume
     assert max((one[k].float() - two[k].float()).abs().max() for k in one) < 5e-3
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_accumulating_two_halves_is_one_step_of_the_whole_batch(arguments, tmp_path, stage):
-    more = [f"{stage}.steps=4"] + ["vae.disc_weight=0"] * (stage == "vae")         # BatchNorm sees the halves
-    for micro in ("0", "4"):
-        size = f"{stage}.micro_batch={micro}"
-        finished(train(stage, *arguments(stage, tmp_path / micro, size, *more)))
-    assert_follows(rows(tmp_path / "0", stage), rows(tmp_path / "4", stage), rel=2e-3)
-
-
 def test_a_rank_that_dies_ends_all_of_them(arguments, tmp_path):
     run = arguments("vae", tmp_path)
     done = torchrun(2, "train_vae.py", *run, cwd=tmp_path, before=receives("SIGKILL", step=4, rank=1))
@@ -88,11 +80,8 @@ def test_a_batch_that_the_ranks_cannot_share_is_refused(arguments, tmp_path, mon
         runs.micro_batches("vae", SimpleNamespace(batch_size=24, micro_batch=4))
 
 
-def test_a_sharded_model_needs_several_processes(arguments, tmp_path):
+def test_what_needs_torchrun_says_so(arguments, tmp_path, monkeypatch):
     refused(train("transformer", *arguments("transformer", tmp_path, "transformer.shard=true")), "torchrun")
-
-
-def test_a_world_without_torchrun_is_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     for set_too in ("RANK", "LOCAL_RANK"):
         with pytest.raises(UserError, match=f"{set_too},.*MASTER_PORT not; start with torchrun"):

@@ -25,6 +25,7 @@ from support.common import load_config
 from drr import UserError
 from processes import (PHOTOS, REPO, STAGES, another_vae, assert_same, finished, receives, refused, rows,
                        train, weights)
+from test_mistakes import Attack
 
 
 # === Killed, and gone on ====================================================================================
@@ -67,13 +68,17 @@ def test_sigterm_saves_first_and_says_so(whole, arguments, tmp_path):
 
 
 # === Checkpoints: which are kept, which are believed ========================================================
-def test_the_last_two_states_are_kept(whole):
+def test_a_run_leaves_its_last_two_states_and_the_second_stage_its_rqvae_beside_the_result(whole):
     for stage in STAGES:
         found = sorted(f.name for f in (whole.folder / stage).glob("*_state_*"))
         assert found == [f"{stage}_state_00000000{step}.pt" for step in (4, 6)]
+    *_, info = drr.load_checkpoint(whole.transformer)          # as sample.py does
+    assert info.classes
+    one, two = weights(whole.transformer, "vae"), weights(whole.vae, "vae")
+    assert all(torch.equal(one[k], two[k]) for k in two)
 
 
-def test_damaged_states_fall_back_to_the_one_before_them_loudly(whole, resume):
+def test_damaged_states_fall_back_loudly_to_the_one_before_them_if_there_is_one(whole, resume):
     state = (resume.out / "vae_state_000000006.pt").read_bytes()
     flipped = bytearray(state)
     flipped[len(state) // 2] ^= 1                              # in a weight: torch itself would not notice
@@ -85,11 +90,8 @@ def test_damaged_states_fall_back_to_the_one_before_them_loudly(whole, resume):
         assert (resume.out / f"vae_state_00000000{step}.pt.damaged").exists()      # nothing is thrown away
     assert "resuming after step 4" in done.output
     assert_same(resume.out, whole.vae, "vae")
-
-
-def test_without_a_whole_state_nothing_begins(resume):
-    for path in resume.out.glob("vae_state_*"):
-        path.write_bytes(path.read_bytes()[:1000])
+    for path in resume.out.glob("vae_state_*.pt"):
+        path.write_bytes(state[:1000])
     refused(resume("vae"), "No training state", "without --resume")
 
 
@@ -102,85 +104,54 @@ def test_a_fresh_start_does_not_replace_an_earlier_run_but_by_force(resume, argu
     assert [f.name for f in resume.out.glob("vae_state_*")] == ["vae_state_000000002.pt"]
 
 
-@pytest.mark.parametrize("stage, changes", [
-    ("vae", "vae.lr=0.001 vae.disc_weight=0.1 data.balance=0.3"), ("vae", "data.seed=1"),
-    ("transformer", "transformer.lr=0.01 transformer.batch_size=4")])
-def test_other_settings_are_named_and_refused(resume, stage, changes):
-    error = refused(resume(stage, *changes.split()), "--force")
-    assert re.findall(r"(\S+) \(was [^ ]+, is (\S+)\)", error) == sorted(
-        tuple(change.split("=")) for change in changes.split())
-
-
-def test_other_settings_are_taken_by_force_and_said(resume):
+def test_other_settings_are_named_and_refused_but_taken_by_force(resume):
+    others = {"vae": ["data.balance=0.3", "data.seed=1", "vae.disc_weight=0.1", "vae.lr=0.001"],
+              "transformer": ["transformer.batch_size=4", "transformer.lr=0.01"]}
+    for stage, changes in others.items():
+        named = re.findall(r"(\S+) \(was [^ ]+, is (\S+)\)", refused(resume(stage, *changes), "--force"))
+        assert ["=".join(pair) for pair in named] == changes
     done = finished(resume("vae", "vae.lr=0.001", "vae.steps=7", "--force"))
     assert "vae.lr (was 0.0005, is 0.001)" in done.output and rows(resume.out, "vae")[-1]["step"] == "7"
 
 
-def test_a_second_training_in_the_same_folder_is_refused(resume):
-    half_written = resume.out / ".writing-1-vae_state_000000008.pt"
+def test_a_second_training_in_the_same_folder_is_refused_before_it_encodes_anything(arguments, tmp_path):
+    half_written = tmp_path / ".writing-1-vae_state_000000008.pt"
     half_written.write_bytes(b"of the training that is at work")
-    with open(resume.out / ".lock", "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        refused(resume("vae", "vae.steps=8"), "Another training")
-    assert half_written.exists()
-
-
-def test_a_second_training_is_refused_before_it_encodes_anything(arguments, tmp_path):
     with open(tmp_path / ".lock", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        refused(train("transformer", *arguments("transformer", tmp_path)), "Another training")
+        for stage in STAGES:
+            refused(train(stage, *arguments(stage, tmp_path)), "Another training")
     (tmp_path / "transformer.safetensors").write_text("finished")
     refused(train("transformer", *arguments("transformer", tmp_path)), "--force")
-    assert not (tmp_path / "codes").exists()
+    assert half_written.exists() and not (tmp_path / "codes").exists()
 
 
-def test_a_copy_of_a_state_by_hand_is_left_alone(resume):
-    shutil.copy(resume.out / "vae_state_000000004.pt", resume.out / "vae_state_best.pt")
-    finished(resume("vae", "vae.steps=7"))
-    assert rows(resume.out, "vae")[-1]["step"] == "7" and (resume.out / "vae_state_best.pt").exists()
-
-
-def test_the_second_stage_lays_its_rqvae_beside_its_result(whole):
-    *_, info = drr.load_checkpoint(whole.transformer)          # as sample.py does
-    assert info.classes
-    one, two = weights(whole.transformer, "vae"), weights(whole.vae, "vae")
-    assert all(torch.equal(one[k], two[k]) for k in two)
-
-
-@pytest.mark.parametrize("content", ["", "a,b\n1,2\n", "step,loss\nx,1\n"])
-def test_a_damaged_log_does_not_hinder(tmp_path, content):
+@pytest.mark.parametrize("content, kept", [
+    ("", None), ("a,b\n1,2\n", None),                          # nothing, or another file's
+    ("step,loss\nx,1\n6,2\n7,3\n8", "step,loss\n6,2\n")])    # from a full disk, or as the power was lost
+def test_a_damaged_log_does_not_hinder(tmp_path, content, kept):
     log = SimpleNamespace(path=tmp_path / "vae.csv")
     log.path.write_text(content)
     runs.Log.begin_file(log, 6)
-    damaged = tmp_path / "vae.csv.damaged"
-    if content.startswith("a,b"):                              # another file's
-        assert damaged.read_text() == content and not log.path.exists() and not log.columns
-    else:
-        rest = log.path.read_text() if log.path.exists() else ""
-        assert rest == content.partition("x")[0] and not damaged.exists()
+    assert log.path.exists() == bool(log.columns) == bool(kept)
+    if kept:
+        assert log.path.read_text() == kept
+    assert [path.read_text() for path in tmp_path.glob("*.damaged")] == [content] * content.startswith("a,b")
 
 
-def test_a_damaged_last_line_of_the_log_does_not_hinder(resume, whole):
-    with open(resume.out / "vae.csv", "a") as f:
-        f.write("7,0.1")                                       # a full disk, or a machine that lost its power
-    finished(resume("vae"))
-    assert rows(resume.out, "vae") == rows(whole.vae, "vae")
+def test_a_longer_run_needs_no_force_and_leaves_a_copy_of_a_state_alone(resume, whole):
+    shutil.copy(resume.out / "vae_state_000000004.pt", resume.out / "vae_state_best.pt")
+    done = finished(resume("vae", "vae.steps=8", "vae.save_every=4"))
+    assert "vae.steps (was 6, is 8)" in done.output and (resume.out / "vae_state_best.pt").exists()
+    log = rows(resume.out, "vae")
+    assert log[:6] == rows(whole.vae, "vae") and [row["step"] for row in log[6:]] == ["7", "8"]
 
 
-def test_a_longer_run_needs_no_force(resume):
-    done = finished(resume("transformer", "transformer.steps=8", "transformer.save_every=4"))
-    assert "transformer.steps (was 6, is 8)" in done.output
-    assert [row["step"] for row in rows(resume.out, "transformer")] == [str(i + 1) for i in range(8)]
-
-
-def test_changed_data_is_noticed(resume, tmp_path):
+def test_changed_data_and_another_vae_are_noticed(resume, tmp_path):
     shutil.copytree(PHOTOS, tmp_path / "photos")
     finished(resume("vae", "--data", tmp_path / "photos"))         # a copy of the data is the same data
     next((tmp_path / "photos" / "train").rglob("*.JPEG")).unlink()
     refused(resume("vae", "--data", tmp_path / "photos"), "the pictures in --data", "--force")
-
-
-def test_another_vae_is_noticed(resume, tmp_path):
     other = another_vae(resume.out / "vae.safetensors", tmp_path / "other.safetensors")
     refused(resume("transformer", "--vae", other), "another RQ-VAE")
     (resume.out / "vae.safetensors").unlink()
@@ -190,7 +161,7 @@ def test_another_vae_is_noticed(resume, tmp_path):
 @pytest.mark.parametrize("state, override", [
     ("transformer", ""), ("pickled", ""), ("whole", "vae.codebook_size=32"), ("without_disc", "")])
 def test_a_state_that_cannot_be_restored_whole_is_refused(resume, state, override, tmp_path):
-    """Nothing may go on from random weights in silence."""
+    """Nothing may go on from random weights in silence, not even by force."""
     file = resume.out / "vae_state_000000006.pt"
     (resume.out / "vae_state_000000004.pt").unlink()
     whole = torch.load(file, weights_only=True)
@@ -202,16 +173,8 @@ def test_a_state_that_cannot_be_restored_whole_is_refused(resume, state, overrid
         torch.save({k: v for k, v in whole.items() if k != "disc"}, file)
     before = (resume.out / "vae.safetensors").read_bytes()
     expected = "training state" if state == "pickled" else "vae_state"
-    refused(resume("vae", "vae.steps=7", *override.split()), expected)
+    refused(resume("vae", "vae.steps=7", "--force", *override.split()), expected)
     assert (resume.out / "vae.safetensors").read_bytes() == before and not (tmp_path / "executed").exists()
-
-
-class Attack:
-    def __init__(self, evidence):
-        self.evidence = evidence
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.evidence),)
 
 
 @pytest.mark.parametrize("stage", STAGES)
