@@ -114,7 +114,7 @@ def test_class_accuracy_counts_first_places_and_first_five():
 
 
 # === The command ============================================================================================
-def test_a_set_against_itself_and_against_another(measure, two_folders, tmp_path):
+def test_a_set_against_itself_and_another_and_their_subsets(measure, two_folders, tmp_path, monkeypatch):
     same = numbers(measure("--reference", "a", "--samples", "a"))
     assert same["FID-like"] == pytest.approx(0, abs=1e-4) and same["precision-like"] == 1
     other = measure("--reference", "a", "--samples", "b", "--json", "r.json")
@@ -123,6 +123,13 @@ def test_a_set_against_itself_and_against_another(measure, two_folders, tmp_path
     assert held["results"]["FID-like"] == pytest.approx(numbers(other)["FID-like"], abs=1e-4)
     assert "net.pt2" in held["protocol"]["features"] and "20 pictures of b" in held["protocol"]["pictures"]
     assert "20 pictures of a (as they are)" in other and "3, among 20 reference" in other
+    monkeypatch.setattr(evaluate, "SUBSET", 6)               # precision and recall are of these, FID of all
+    some = measure("--reference", "a", "--samples", "b", "--save-reference", "a.npz")
+    assert numbers(some)["FID-like"] == numbers(other)["FID-like"]
+    assert "among 6 reference pictures and 6 others" in some
+    assert np.load(tmp_path / "a.npz")["features"].shape == (6, 6)
+    again = measure("--reference", "a.npz", "--samples", "b")                # the same six
+    assert numbers(again) == numbers(some) and "20 pictures of a" in again
     noise_pictures(tmp_path / "five", 5)
     assert "warning: 5 pictures for 6 features" in measure("--reference", "a", "--samples", "five")
 
@@ -140,17 +147,6 @@ def test_statistics_and_pictures_of_one_file_are_both_used(measure, two_folders,
     alone = numbers(measure("--reference", "alone.npz", "--samples", "b"))
     assert alone["FID-like"] == 0 and "precision-like" not in alone
     assert "reconstructions by" in measure("--reference", "both.npz", "--reconstructions")
-
-
-def test_precision_and_recall_are_of_a_subset_and_fid_of_all(measure, two_folders, tmp_path, monkeypatch):
-    every = numbers(measure("--reference", "a", "--samples", "b"))
-    monkeypatch.setattr(evaluate, "SUBSET", 6)
-    some = measure("--reference", "a", "--samples", "b", "--save-reference", "a.npz")
-    assert numbers(some)["FID-like"] == every["FID-like"]
-    assert "among 6 reference pictures and 6 others" in some
-    assert np.load(tmp_path / "a.npz")["features"].shape == (6, 6)
-    again = measure("--reference", "a.npz", "--samples", "b")                # the same six
-    assert numbers(again) == numbers(some) and "20 pictures of a" in again
 
 
 def test_samples_are_resumed_and_extended(measure, tmp_path):

@@ -173,27 +173,22 @@ def test_a_mask_picture_means_the_same_as_the_region_it_shows(draw_class, tmp_pa
     assert a == b != c
 
 
-# A picture of 8 x 6 pixels, whose central square begins at column 1.
-@pytest.mark.parametrize("size, box, expected", [
-    (3, (1, 0, 2, 1), ["#..", "...", "..."]),               # smaller than the square: 2 x 2 pixels become one
-    (3, (2, 1, 4, 2), ["##.", "...", "..."]),               # columns 1 and 2 of the square lie in two
-    (3, (6, 5, 8, 6), ["...", "...", "..#"]),                # what lies outside the square is not seen
-    (6, (3, 2, 5, 3), ["......", "......", "..##..", "......", "......", "......"]),
-    (12, (1, 0, 2, 1), ["##.........."] * 2 + ["............"] * 10),          # larger: a pixel becomes 2 x 2
-    (12, (6, 4, 8, 6), ["............"] * 8 + ["..........##"] * 4)])
-def test_a_mask_hides_every_pixel_of_the_model_that_it_touches(size, box, expected):
-    x0, y0, x1, y1 = box
-    mask = np.zeros((6, 8), bool)
-    mask[y0:y1, x0:x1] = True
+# A picture of 8 x 6 pixels, whose central square begins at column 1; and one of 7 x 4, whose square begins at
+# 1.5: the model's two columns are pixels 2 and 3, and 4 and 5.
+@pytest.mark.parametrize("shape, size, boxes, expected", [
+    ((6, 8), 3, [(1, 0, 2, 1)], ["#..", "...", "..."]),     # smaller than the square: 2 x 2 pixels become one
+    ((6, 8), 3, [(2, 1, 4, 2)], ["##.", "...", "..."]),     # columns 1 and 2 of the square lie in two
+    ((6, 8), 3, [(6, 5, 8, 6)], ["...", "...", "..#"]),      # what lies outside the square is not seen
+    ((6, 8), 6, [(3, 2, 5, 3)], ["......", "......", "..##..", "......", "......", "......"]),
+    ((6, 8), 12, [(1, 0, 2, 1)], ["##.........."] * 2 + ["............"] * 10),      # larger: a pixel is 2 x 2
+    ((6, 8), 12, [(6, 4, 8, 6)], ["............"] * 8 + ["..........##"] * 4),
+    ((4, 7), 2, [(2, 0, 3, 1), (5, 3, 6, 4)], ["#.", ".#"])])
+def test_a_mask_hides_every_pixel_of_the_model_that_it_touches(shape, size, boxes, expected):
+    mask = np.zeros(shape, bool)
+    for x0, y0, x1, y1 in boxes:
+        mask[y0:y1, x0:x1] = True
     result = common.resize_mask(mask, size)
     assert ["".join(".#"[hidden] for hidden in row) for row in result.tolist()] == expected
-
-
-def test_a_mask_of_a_picture_whose_square_begins_at_half_a_pixel():
-    """7 x 4 pixels: the square begins at 1.5, so the model's columns are pixels 2 and 3, and 4 and 5."""
-    mask = np.zeros((4, 7), bool)
-    mask[0, 2] = mask[3, 5] = True
-    assert common.resize_mask(mask, 2).tolist() == [[True, False], [False, True]]
 
 
 def test_reconstruct_shows_the_picture_and_its_decode_from_every_depth(draw, trained, photo):
@@ -224,34 +219,30 @@ def test_nothing_but_the_orientation_matters_in_the_metadata_of_a_photo(tmp_path
     assert common.open_image(tmp_path / "photo.jpg").size == size
 
 
-def test_each_orientation_turns_a_picture_as_pillow_does(tmp_path):
+def test_each_orientation_turns_a_picture_as_pillow_does_and_a_long_comment_is_no_damage(tmp_path):
+    comment = PngImagePlugin.PngInfo()
+    comment.add_text("Comment", "x" * 2_000_000, zip=True)
     for orientation in range(1, 9):
         exif = Image.Exif()
         exif[0x112] = orientation
-        Image.effect_noise((5, 4), 50).convert("RGB").save(tmp_path / "x.png", exif=exif)
+        picture = Image.effect_noise((5, 4), 50).convert("RGB")
+        picture.save(tmp_path / "x.png", exif=exif, pnginfo=comment)
         ours, theirs = common.open_image(tmp_path / "x.png"), Image.open(tmp_path / "x.png")
         assert np.array_equal(ours, ImageOps.exif_transpose(theirs)), orientation
 
 
-def test_a_long_comment_in_a_picture_is_no_damage(tmp_path):
-    comment = PngImagePlugin.PngInfo()
-    comment.add_text("Comment", "x" * 2_000_000, zip=True)
-    Image.new("RGB", (4, 4)).save(tmp_path / "x.png", pnginfo=comment)
-    assert common.open_image(tmp_path / "x.png").size == (4, 4)
-
-
 # === Classes by name ========================================================================================
-@pytest.mark.parametrize("text, index", [
-    ("0", 0), (" 3 ", 3), ("n02", 1), ("N03", 2), ("tiger", 2), ("Tiger Shark", 1), ("tiger_shark", 1),
-    ("white", 0), ("tiger CAT", 3), ("cat", 3)])
-def test_find_class_by_index_wnid_title_or_part_of_one(text, index):
-    titles = ["great_white_shark", "tiger shark", "tiger", "Tiger cat"]
-    assert common.find_class(text, ["n01", "n02", "n03", "n04"], titles) == index
+WNIDS = ["n01", "n02", "n03", "n04"]
+TITLES = ["great_white_shark", "tiger shark", "tiger", "Tiger cat"]
+FOLDERS = ["0", "1", "10", "11", "2"]                        # whose names come before indices
 
 
-def test_find_class_takes_a_folders_name_before_an_index():
-    folders = ["0", "1", "10", "11", "2"]
-    assert [common.find_class(text, folders, folders) for text in ("2", "10", "1", "3")] == [4, 2, 1, 3]
+@pytest.mark.parametrize("classes, titles, found", [
+    (WNIDS, TITLES, {"0": 0, " 3 ": 3, "n02": 1, "N03": 2, "tiger": 2, "Tiger Shark": 1, "tiger_shark": 1,
+                     "white": 0, "tiger CAT": 3, "cat": 3}),
+    (FOLDERS, FOLDERS, {"2": 4, "10": 2, "1": 1, "3": 3})])
+def test_a_class_is_found_by_index_wnid_title_or_part_of_one(classes, titles, found):
+    assert {text: common.find_class(text, classes, titles) for text in found} == found
 
 
 # === The bundled checkpoint =================================================================================
