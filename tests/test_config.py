@@ -44,7 +44,6 @@ def test_a_preset_is_what_it_is_like_with_values_of_its_own_and_repeats_nothing(
     assert to_dict(load_config(preset)) == expected
 
 
-# === Every key is read ======================================================================================
 RECORD = """
 import atexit
 from support import common
@@ -135,7 +134,6 @@ def test_published_stage_one(preset):
     assert abs(v.steps - 10 * epoch) <= 1 and abs(v.warmup - epoch / 2) <= 1
 
 
-# === Overrides ==============================================================================================
 @pytest.mark.parametrize("text, value", [
     ("vae.lr=4e-5", 4e-5), ("vae.lr=1", 1.0), ("vae.steps=1e3", 1000), ("data.seed=010", 10),
     ("vae.ch_mult=[1, 2]", [1, 2]), ("vae.betas=[0,1e-1]", [0.0, 0.1]), ("vae.decay=True", True),
@@ -148,7 +146,6 @@ def test_overrides_take_the_bases_type_and_the_last_counts(text, value):
         assert [type(v) for v in result] == [type(v) for v in value]
 
 
-# === Learning rate ==========================================================================================
 def test_learning_rate_warms_up_and_falls_to_zero():
     c = load_config("smoke", ["vae.steps=100", "vae.warmup=10", "vae.lr=2"]).vae
     rates = [learning_rate(step, c) for step in range(100)]

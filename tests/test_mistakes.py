@@ -277,7 +277,6 @@ MISTAKES = [
     ("tools.train_classifier --out", ".pt2", ["net --data PHOTOS"]),
     ("tools.train_classifier --out new.pt2 --data", "100 pictures", ["PHOTOS"]),
     # --- tools.evaluate: all is said before anything is drawn
-    (MEASURE, "nowhere|does not exist", ["nowhere"]),
     (MEASURE, "pixels|--crop", ["mixed"]),
     (MEASURE, "b.png", ["damaged"]),
     (MEASURE, "40x40|32x32", ["large"]),

@@ -180,7 +180,7 @@ def test_a_mask_picture_means_the_same_as_the_region_it_shows(draw_class, tmp_pa
     ((6, 8), 3, [(2, 1, 4, 2)], ["##.", "...", "..."]),     # columns 1 and 2 of the square lie in two
     ((6, 8), 3, [(6, 5, 8, 6)], ["...", "...", "..#"]),      # what lies outside the square is not seen
     ((6, 8), 6, [(3, 2, 5, 3)], ["......", "......", "..##..", "......", "......", "......"]),
-    ((6, 8), 12, [(1, 0, 2, 1)], ["##.........."] * 2 + ["............"] * 10),      # larger: a pixel is 2 x 2
+    ((6, 8), 12, [(1, 0, 2, 1)], ["##.........."] * 2 + ["............"] * 10),      # larger: 2 x 2 each
     ((6, 8), 12, [(6, 4, 8, 6)], ["............"] * 8 + ["..........##"] * 4),
     ((4, 7), 2, [(2, 0, 3, 1), (5, 3, 6, 4)], ["#.", ".#"])])
 def test_a_mask_hides_every_pixel_of_the_model_that_it_touches(shape, size, boxes, expected):
@@ -231,7 +231,6 @@ def test_each_orientation_turns_a_picture_as_pillow_does_and_a_long_comment_is_n
         assert np.array_equal(ours, ImageOps.exif_transpose(theirs)), orientation
 
 
-# === Classes by name ========================================================================================
 WNIDS = ["n01", "n02", "n03", "n04"]
 TITLES = ["great_white_shark", "tiger shark", "tiger", "Tiger cat"]
 FOLDERS = ["0", "1", "10", "11", "2"]                        # whose names come before indices
@@ -245,7 +244,6 @@ def test_a_class_is_found_by_index_wnid_title_or_part_of_one(classes, titles, fo
     assert {text: common.find_class(text, classes, titles) for text in found} == found
 
 
-# === The bundled checkpoint =================================================================================
 def test_the_bundled_checkpoint_is_small_knows_imagenets_classes_and_draws_from_any_folder(tmp_path):
     assert sum(p.stat().st_size for p in BUNDLED.rglob("*") if p.is_file()) <= 48 * 2 ** 20
     assert (BUNDLED / "README.md").exists()                  # its model card
