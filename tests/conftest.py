@@ -122,6 +122,17 @@ def feature_net(tmp_path_factory):
     return path
 
 
+@pytest.fixture
+def call(monkeypatch, capsys, tmp_path):
+    """call(main, ...) is a script with these arguments, in this process and an empty folder: its output."""
+    def call(main, *arguments):
+        monkeypatch.setattr(sys, "argv", ["script", *map(str, arguments)])
+        monkeypatch.chdir(tmp_path)
+        main()
+        return capsys.readouterr().out
+    return call
+
+
 # === A short run of either stage ============================================================================
 def arguments_for(stage, vae, out, *more):
     """Six steps, the adversary's first the third; each is logged, the state of every other is saved."""

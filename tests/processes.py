@@ -152,10 +152,11 @@ def finished(done):
 
 
 def refused(done, *expected):
-    assert done.returncode == 2 and "Traceback" not in done.output, done.output
-    error = [line for line in done.output.splitlines() if line.startswith("error: ")]
-    assert len(error) == 1 and all(e in error[0] for e in expected), done.output
-    return error[0]
+    """The one line `error: ...` with which a run ended, and which names all that is expected."""
+    errors = [line for line in done.output.splitlines() if "error: " in line]
+    assert done.returncode == 2 and "Traceback" not in done.output and len(errors) == 1, done.output
+    assert all(words.lower() in errors[0].lower() for words in expected), done.output
+    return errors[0]
 
 
 def receives(name, step, rank=0):

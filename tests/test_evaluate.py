@@ -1,38 +1,37 @@
-"""tools/evaluate.py: metrics against formulas and recorded numbers, the command on real files, mistakes."""
+"""tools/evaluate.py: metrics against formulas and recorded numbers, the command on real files."""
+import functools
 import json
 import re
-import shutil
-import sys
 import zipfile
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import TESTS, random_checkpoint
+from conftest import random_checkpoint
 from PIL import Image
-from processes import execute
+from processes import PHOTOS, execute
 
+import drr
 from support import common
 from tools import evaluate, train_classifier
 
-PHOTOS = TESTS / "photos" / "train"
-DRAW = f"--reference {PHOTOS} --crop --precision fp32 --device cpu t_draft=2 rounds=0 batch_size=4".split()
+TRAIN = PHOTOS / "train"
+DRAW = f"--reference {TRAIN} --crop --precision fp32 --device cpu t_draft=2 rounds=0 batch_size=4".split()
 
 
 # === Helpers and fixtures ===================================================================================
-def noise_pictures(folder, n, size=32, seed=0, least=None):
+def noise_pictures(folder, n, seed=0, least=None):
     folder.mkdir(parents=True)
     rng = np.random.default_rng(seed)
     for i in range(n):
         tint = rng.integers(0, 128, 3) if least is None else least
-        noise = rng.integers(0, 256, (size, size, 3)) // 2 + tint
+        noise = rng.integers(0, 256, (32, 32, 3)) // 2 + tint
         Image.fromarray(noise.astype(np.uint8)).save(folder / f"{i}.png")
 
 
-def numbers(done):
+def numbers(printed):
     """{name: value} of the printed lines that end in a number."""
-    rows = re.findall(r"^(\S.*?) +(-?\d+\.\d{4})$", done.stdout, re.MULTILINE)
+    rows = re.findall(r"^(\S.*?) +(-?\d+\.\d{4})$", printed, re.MULTILINE)
     return {name: float(value) for name, value in rows}
 
 
@@ -44,29 +43,16 @@ def parts_of(folder):
 def checkpoint(tmp_path_factory):
     """A folder with random weights for five classes, of which the photographs show the last four."""
     folder = tmp_path_factory.mktemp("checkpoint")
-    classes = ["n00", *sorted(path.name for path in PHOTOS.iterdir())]
+    classes = ["n00", *sorted(path.name for path in TRAIN.iterdir())]
     random_checkpoint(folder, classes, classes)
     return folder
 
 
 @pytest.fixture
-def call(monkeypatch, capsys, tmp_path, feature_net, checkpoint):
-    """call(...) is `python -m tools.evaluate ...` in this process, the checkpoint in the bundled one's place:
-    the exit status, what it printed, and the last line of its errors."""
-    def call(*arguments, cwd=tmp_path, features=("--features", feature_net), main=evaluate.main):
-        features = () if "--features" in arguments else features
-        monkeypatch.setattr("sys.argv", ["tools.evaluate", *map(str, [*arguments, *features])])
-        monkeypatch.setattr(evaluate, "BUNDLED", checkpoint)
-        monkeypatch.chdir(cwd)
-        status = 0
-        try:
-            common.run(main)
-        except SystemExit as leaving:
-            status = leaving.code
-        out, err = capsys.readouterr()
-        error = err.strip().splitlines()[-1] if status else ""
-        return SimpleNamespace(returncode=status, stdout=out, error=error)
-    return call
+def measure(call, monkeypatch, feature_net, checkpoint):
+    """measure(...) is `python -m tools.evaluate ...`, its default the checkpoint above: what it printed."""
+    monkeypatch.setattr(evaluate, "BUNDLED", checkpoint)
+    return functools.partial(call, evaluate.main, "--features", feature_net)
 
 
 @pytest.fixture
@@ -74,28 +60,6 @@ def two_folders(tmp_path):
     """Folders a and b, of 20 different pictures each."""
     noise_pictures(tmp_path / "a", 20)
     noise_pictures(tmp_path / "b", 20, seed=1)
-
-
-@pytest.fixture(scope="module")
-def mistakes(tmp_path_factory):
-    """A folder full of mistakes."""
-    folder = tmp_path_factory.mktemp("mistakes")
-    noise_pictures(folder / "a", 8)
-    noise_pictures(folder / "large", 8, size=40)
-    shutil.copytree(folder / "a", folder / "mixed")
-    Image.new("RGB", (33, 33)).save(folder / "mixed" / "z.png")
-    shutil.copytree(folder / "a", folder / "damaged")
-    (folder / "damaged" / "7.png").write_bytes((folder / "a" / "7.png").read_bytes()[:500])
-    (folder / "bad.npz").write_bytes(b"nothing")
-    (folder / "text.pt2").write_text("text")
-    arrays = {"other": {"x": np.zeros(3)},
-              "foreign": {"mu": np.zeros(6), "sigma": np.eye(6), "network": "VGG"},
-              "nan": {"mu": np.full(6, np.nan), "sigma": np.eye(6)},
-              "seven": {"mu": np.zeros(7), "sigma": np.eye(7)},
-              "float": {"arr_0": np.zeros((4, 32, 32, 3))}}
-    for name, held in arrays.items():
-        np.savez(folder / f"{name}.npz", **held)
-    return folder
 
 
 # === Arithmetic =============================================================================================
@@ -150,52 +114,48 @@ def test_class_accuracy_counts_first_places_and_first_five():
 
 
 # === The command ============================================================================================
-def test_a_set_against_itself_and_against_another(call, two_folders, tmp_path):
-    same = numbers(call("--reference", "a", "--samples", "a"))
+def test_a_set_against_itself_and_another_and_their_subsets(measure, two_folders, tmp_path, monkeypatch):
+    same = numbers(measure("--reference", "a", "--samples", "a"))
     assert same["FID-like"] == pytest.approx(0, abs=1e-4) and same["precision-like"] == 1
-    other = call("--reference", "a", "--samples", "b", "--json", "r.json")
-    assert numbers(other)["FID-like"] > 1e-3 and "warning" not in other.stdout
+    other = measure("--reference", "a", "--samples", "b", "--json", "r.json")
+    assert numbers(other)["FID-like"] > 1e-3 and "warning" not in other
     held = json.loads((tmp_path / "r.json").read_text())
     assert held["results"]["FID-like"] == pytest.approx(numbers(other)["FID-like"], abs=1e-4)
     assert "net.pt2" in held["protocol"]["features"] and "20 pictures of b" in held["protocol"]["pictures"]
-    assert "20 pictures of a (as they are)" in other.stdout and "3, among 20 reference" in other.stdout
+    assert "20 pictures of a (as they are)" in other and "3, among 20 reference" in other
+    monkeypatch.setattr(evaluate, "SUBSET", 6)               # precision and recall are of these, FID of all
+    some = measure("--reference", "a", "--samples", "b", "--save-reference", "a.npz")
+    assert numbers(some)["FID-like"] == numbers(other)["FID-like"]
+    assert "among 6 reference pictures and 6 others" in some
+    assert np.load(tmp_path / "a.npz")["features"].shape == (6, 6)
+    again = measure("--reference", "a.npz", "--samples", "b")                # the same six
+    assert numbers(again) == numbers(some) and "20 pictures of a" in again
     noise_pictures(tmp_path / "five", 5)
-    assert "warning: 5 pictures for 6 features" in call("--reference", "a", "--samples", "five").stdout
+    assert "warning: 5 pictures for 6 features" in measure("--reference", "a", "--samples", "five")
 
 
-def test_statistics_and_pictures_of_one_file_are_both_used(call, two_folders, tmp_path):
+def test_statistics_and_pictures_of_one_file_are_both_used(measure, two_folders, tmp_path):
     """As in the files that the ADM evaluator reads: mu and sigma of a training set, here b's, and arr_0."""
-    call("--reference", "b", "--samples", "b", "--save-reference", "b.npz")
+    measure("--reference", "b", "--samples", "b", "--save-reference", "b.npz")
     b = np.load(tmp_path / "b.npz")
     pixels = [np.array(Image.open(tmp_path / "a" / f"{i}.png")) for i in range(20)]
     np.savez(tmp_path / "alone.npz", mu=b["mu"], sigma=b["sigma"])
     np.savez(tmp_path / "both.npz", mu=b["mu"], sigma=b["sigma"], arr_0=np.stack(pixels))
-    plain = numbers(call("--reference", "a", "--samples", "b"))
-    both = numbers(call("--reference", "both.npz", "--samples", "b"))
+    plain = numbers(measure("--reference", "a", "--samples", "b"))
+    both = numbers(measure("--reference", "both.npz", "--samples", "b"))
     assert both == {**plain, "FID-like": 0}                              # precision and recall are a's
-    alone = numbers(call("--reference", "alone.npz", "--samples", "b"))
+    alone = numbers(measure("--reference", "alone.npz", "--samples", "b"))
     assert alone["FID-like"] == 0 and "precision-like" not in alone
-    assert "reconstructions by" in call("--reference", "both.npz", "--reconstructions").stdout
+    assert "reconstructions by" in measure("--reference", "both.npz", "--reconstructions")
 
 
-def test_precision_and_recall_are_of_a_subset_and_fid_of_all(call, two_folders, tmp_path, monkeypatch):
-    every = numbers(call("--reference", "a", "--samples", "b"))
-    monkeypatch.setattr(evaluate, "SUBSET", 6)
-    some = call("--reference", "a", "--samples", "b", "--save-reference", "a.npz")
-    assert numbers(some)["FID-like"] == every["FID-like"]
-    assert "among 6 reference pictures and 6 others" in some.stdout
-    assert np.load(tmp_path / "a.npz")["features"].shape == (6, 6)
-    again = call("--reference", "a.npz", "--samples", "b")                   # the same six
-    assert numbers(again) == numbers(some) and "20 pictures of a" in again.stdout
-
-
-def test_samples_are_resumed_and_extended(call, tmp_path):
+def test_samples_are_resumed_and_extended(measure, tmp_path):
     command = [*DRAW, "--out", "drawn"]
-    call(*command, "--number", 6, "--save-reference", "ref.npz")
+    measure(*command, "--number", 6, "--save-reference", "ref.npz")
     parts = parts_of(tmp_path / "drawn")
     assert sorted(parts) == ["part-000000.npy", "part-000001.npy"]
     (tmp_path / "drawn" / "part-000000.npy").unlink()
-    drawn = call(*command, "--number", 12, "--npz", "all.npz", "--reference", "ref.npz")
+    drawn = measure(*command, "--number", 12, "--npz", "all.npz", "--reference", "ref.npz")
     again = parts_of(tmp_path / "drawn")
     assert len(again) == 3 and again.items() > parts.items()
     with np.load(tmp_path / "all.npz") as arrays:
@@ -203,8 +163,59 @@ def test_samples_are_resumed_and_extended(call, tmp_path):
     assert images.shape == (12, 32, 32, 3) and images.dtype == np.uint8
     assert labels.tolist() == 3 * [1, 2, 3, 4]                               # the reference's classes
     assert len(np.unique(images.reshape(12, -1), axis=0)) == 12              # no picture twice
-    flat = call("--reference", PHOTOS, "--crop", "--samples", "all.npz")
+    flat = measure("--reference", TRAIN, "--crop", "--samples", "all.npz")
     assert numbers(flat)["FID-like"] == numbers(drawn)["FID-like"]
+
+
+def test_two_ranks_draw_what_one_draws_and_one_reads_a_reference(measure, tmp_path, feature_net, checkpoint):
+    """With one thread each: more threads add in another order."""
+    command = [*DRAW, "--number", 8, "--features", feature_net, "--checkpoint", checkpoint, "--out"]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    one = measure(*command, "one")
+    torch.set_num_threads(threads)
+    two = execute("tools.evaluate", *command, "two", cwd=tmp_path, ranks=2, before=(
+        "import os, support.data\nif os.environ['RANK'] == '1':\n    support.data.find_images = None"))
+    assert two.returncode == 0, two.output
+    assert parts_of(tmp_path / "two") == parts_of(tmp_path / "one")
+    assert numbers(two.output)["FID-like"] == numbers(one)["FID-like"]
+
+
+@pytest.mark.parametrize("target, name, other", [
+    (evaluate, "to_pixels", lambda images: 255 - common.to_pixels(images)), (torch, "__version__", "2.99.0")])
+def test_pictures_of_other_code_or_torch_are_not_reused(target, name, other, measure, tmp_path, monkeypatch):
+    for commit in ("c0ffee", "decade"):                                      # the second draws nothing
+        monkeypatch.setattr(evaluate, "commit", lambda: commit)
+        printed = measure(*DRAW, "--number", 4)
+    assert "drawn by commit c0ffee" in printed and "measured by:  commit decade" in printed
+    (folder,) = (tmp_path / "samples").iterdir()
+    assert "cpu" in json.loads((folder / "settings.json").read_text())["about"]
+    monkeypatch.setattr(target, name, other)
+    changed = measure(*DRAW, "--number", 4)
+    assert "drawn by commit decade" in changed and len(list((tmp_path / "samples").iterdir())) == 2
+    with pytest.raises(drr.UserError, match="version of this code"):
+        measure(*DRAW, "--number", 4, "--out", folder)
+
+
+def test_other_strategies_and_classes_are_drawn(measure, tmp_path):
+    command = [*DRAW, "--number", 4, "--class", "1,none", "--out"]
+    plain, sobol = measure(*command, "1"), measure(*command, "2", "order=sobol")
+    assert "2 classes" in plain and "top-1 accuracy" not in numbers(plain)               # null has no name
+    assert "order=sobol" in sobol and parts_of(tmp_path / "1") != parts_of(tmp_path / "2")
+
+
+# === Networks ===============================================================================================
+@pytest.mark.parametrize("name, size, d, C, least", [
+    ("classifier", 32, 64, 200, 2), ("efficientnet", 128, 1280, 1000, 5)])           # by chance, 0.1 of 15
+def test_a_network_recognises_photographs_of_its_classes(name, size, d, C, least):
+    if name == "efficientnet":
+        pytest.importorskip("efficientnet_lite_pytorch")
+    network = evaluate.load_features(name, torch.device("cpu"))
+    pictures = evaluate.in_folder(TRAIN, size)
+    features, logits = evaluate.extract_features(network, pictures, "photographs", "cpu")
+    assert features.shape == (pictures.count, d) and logits.shape == (pictures.count, C)
+    recognised = [network.classes[k] == name for k, name in zip(logits.argmax(1), pictures.labels)]
+    assert len(set(network.classes)) == C and sum(recognised) >= least
 
 
 def test_our_classifier_sees_larger_pictures_reduced():
@@ -214,110 +225,17 @@ def test_our_classifier_sees_larger_pictures_reduced():
     assert torch.equal(network.extract(large)[0], network.extract(small)[0])
 
 
-def test_two_ranks_draw_what_one_draws_and_one_reads_the_reference(call, tmp_path, feature_net, checkpoint):
-    """With one thread each: more threads add in another order."""
-    command = [*DRAW, "--number", 8, "--features", feature_net, "--checkpoint", checkpoint, "--out"]
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    one = call(*command, "one")
-    torch.set_num_threads(threads)
-    two = execute("tools.evaluate", *command, "two", cwd=tmp_path, ranks=2, before=(
-        "import os, support.data\nif os.environ['RANK'] == '1':\n    support.data.find_images = None"))
-    assert two.returncode == 0, two.output
-    assert parts_of(tmp_path / "two") == parts_of(tmp_path / "one")
-    assert numbers(SimpleNamespace(stdout=two.output))["FID-like"] == numbers(one)["FID-like"]
-
-
-@pytest.mark.parametrize("target, name, other", [
-    (evaluate, "to_pixels", lambda images: 255 - common.to_pixels(images)), (torch, "__version__", "2.99.0")])
-def test_pictures_of_other_code_or_torch_are_not_reused(target, name, other, call, tmp_path, monkeypatch):
-    for commit in ("c0ffee", "decade"):                                      # the second draws nothing
-        monkeypatch.setattr(evaluate, "commit", lambda: commit)
-        done = call(*DRAW, "--number", 4)
-    assert "drawn by commit c0ffee" in done.stdout and "measured by:  commit decade" in done.stdout
-    (folder,) = (tmp_path / "samples").iterdir()
-    assert "cpu" in json.loads((folder / "settings.json").read_text())["about"]
-    monkeypatch.setattr(target, name, other)
-    changed = call(*DRAW, "--number", 4)
-    assert "drawn by commit decade" in changed.stdout and len(list((tmp_path / "samples").iterdir())) == 2
-    refused = call(*DRAW, "--number", 4, "--out", folder)
-    assert refused.returncode == 2 and "version of this code" in refused.error
-
-
-def test_other_strategies_and_classes_are_drawn(call, tmp_path):
-    command = [*DRAW, "--number", 4, "--class", "1,none", "--out"]
-    plain, sobol = call(*command, "1"), call(*command, "2", "order=sobol")
-    assert "2 classes" in plain.stdout and "top-1 accuracy" not in numbers(plain)        # null has no name
-    assert "order=sobol" in sobol.stdout and parts_of(tmp_path / "1") != parts_of(tmp_path / "2")
-
-
-@pytest.mark.parametrize("arguments, words", [
-    ("--reference nowhere", "nowhere|does not exist"),
-    ("--reference mixed", "pixels|--crop"),
-    ("--reference damaged", "7.png"),
-    ("--reference large", "40x40|32x32"),
-    ("--reference seven.npz", "(7,)|(6,)"),
-    ("--reference a --json /proc/r.json", "/proc/r.json"),
-    ("--reference a --number 0", "--number"),
-    ("--reference a --reconstructions --number 8", "number"),
-    ("--reference nan.npz --reconstructions", "statistics"),
-    ("--reference a --samples a --reconstructions", "exclude"),
-    ("--reference a --samples a --checkpoint b t_draft=8", "--samples|overrides, checkpoint"),
-    ("--reference a --samples large", "net.pt2|40, 40"),
-    ("--reference a --samples b.npz", "b.npz|No such file"),
-    ("--reference a --samples a --json large", "large cannot be written|.json"),
-    ("--reference float.npz --samples a --save-reference float.npz", "float.npz would be replaced"),
-    ("--reference float.npz --samples a", "float.npz|expected uint8"),
-    ("--reference bad.npz --samples a", "bad.npz|no .npz file"),
-    ("--reference other.npz --samples a", "other.npz|arr_0"),
-    ("--reference nan.npz --samples a", "nan.npz|finite numbers"),
-    ("--reference foreign.npz --samples a", "foreign.npz|VGG"),
-    ("--reference a --samples a --features text.pt2", "text.pt2|no program"),
-    ("--reference a --samples a --features inceptoin", "inceptoin|expected")])
-def test_mistakes_are_one_sentence_and_nothing_is_drawn(arguments, words, call, mistakes):
-    done = call(*arguments.split(), cwd=mistakes)
-    assert done.returncode == 2 and done.error.startswith("error: ")
-    assert all(word in done.error for word in words.split("|")), done.error
-    assert not list(mistakes.glob("samples/*/part*"))
-
-
-@pytest.mark.parametrize("features, module, error, words", [
-    ([], "efficientnet_lite_pytorch", "ImportError", "-r requirements-tools.txt|classifier"),
-    (["--features", "inception"], "torch_fidelity", "ImportError", "pip install torch-fidelity|efficientnet"),
-    (["--features", "inception"], "torch_fidelity", "RuntimeError", "where torch came from")])
-def test_a_missing_network_says_what_to_install(features, module, error, words, tmp_path, call, monkeypatch):
-    monkeypatch.delitem(sys.modules, module, raising=False)
-    monkeypatch.syspath_prepend(tmp_path)
-    (tmp_path / f"{module}.py").write_text(f"raise {error}('operator torchvision::nms does not exist')")
-    done = call(*DRAW[:3], "--reconstructions", features=features)
-    assert done.returncode == 2 and all(word in done.error for word in words.split("|")), done.error
-
-
-@pytest.mark.parametrize("name, size, d, C, least", [
-    ("classifier", 32, 64, 200, 2), ("efficientnet", 128, 1280, 1000, 5)])           # by chance, 0.1 of 15
-def test_a_network_recognises_photographs_of_its_classes(name, size, d, C, least):
-    if name == "efficientnet":
-        pytest.importorskip("efficientnet_lite_pytorch")
-    network = evaluate.load_features(name, torch.device("cpu"))
-    pictures = evaluate.in_folder(PHOTOS, size)
-    features, logits = evaluate.extract_features(network, pictures, "photographs", "cpu")
-    assert features.shape == (pictures.count, d) and logits.shape == (pictures.count, C)
-    recognised = [network.classes[k] == name for k, name in zip(logits.argmax(1), pictures.labels)]
-    assert len(set(network.classes)) == C and sum(recognised) >= least
-
-
-def test_a_classifier_is_trained_and_used(call, tmp_path):
+def test_a_classifier_is_trained_and_used(call, measure, tmp_path):
     """Two classes that a glance tells apart: dark and bright noise."""
     for split, n in (("train", 100), ("val", 20)):
         noise_pictures(tmp_path / "data" / split / "dark", n, least=0)
         noise_pictures(tmp_path / "data" / split / "bright", n, least=128)
-    command = "--data data --precision fp32 --epochs 1".split()
-    for mistake, words in (("300 --out net.pt2", "--batch-size"), ("20 --out net", ".pt2")):
-        done = call(*command, "--batch-size", *mistake.split(), features=(), main=train_classifier.main)
-        assert done.returncode == 2 and words in done.error
-    done = call(*command, "--batch-size", 20, "--out", "net.pt2", features=(), main=train_classifier.main)
-    assert "validation accuracy 100" in done.stdout
+    train = functools.partial(call, train_classifier.main, "--data", "data", "--precision", "fp32",
+                              "--epochs", 1, "--out", "net.pt2", "--batch-size")
+    with pytest.raises(drr.UserError, match="--batch-size 300"):
+        train(300)
+    assert "validation accuracy 100" in train(20)
     with zipfile.ZipFile(tmp_path / "net.pt2") as archive:         # no path of this machine is in it
         assert not any(b"train_classifier.py" in archive.read(name) for name in archive.namelist())
-    result = numbers(call("--reference", "data/val", "--samples", "data/val", "--features", "net.pt2"))
+    result = numbers(measure("--reference", "data/val", "--samples", "data/val", "--features", "net.pt2"))
     assert result["top-1 accuracy"] == 1 and result["FID-like"] == pytest.approx(0, abs=1e-4)

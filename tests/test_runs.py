@@ -1,7 +1,5 @@
 """What training promises beyond its losses: whose state is resumed, what is random, what memory it takes."""
-import multiprocessing
 import shutil
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -10,15 +8,13 @@ from conftest import TESTS, transformer_section
 from safetensors.torch import load_file
 
 import drr
-import processes
 import train_transformer
 import train_vae
 from drr import UserError
+from processes import PHOTOS, assert_same, finished, train, weights
 from support import common, data, runs
 from support.common import BUNDLED, load_config
 from tools import estimate
-
-PHOTOS = TESTS / "photos"
 
 
 # === States: whose they are, which is good ==================================================================
@@ -56,13 +52,6 @@ def test_only_a_state_that_a_step_has_succeeded_from_is_called_good(begin):
     assert advice.startswith("delete vae_state_000000002.pt") and advice.endswith("vae_state_000000001.pt")
 
 
-# === Randomness: dropout, crops =============================================================================
-def train(stage, out, *more, steps):
-    short = [f"{stage}.{text}" for text in (f"steps={steps}", "warmup=1", "batch_size=8", "save_every=2")]
-    processes.run(f"train_{stage}.py", "smoke", "--data", PHOTOS, "--out", out, "--precision", "fp32", *short,
-                  *more, cwd=out.parent)
-
-
 def test_looking_and_saving_are_left_out_of_the_speed(tmp_path, monkeypatch):
     c = SimpleNamespace(batch_size=8, steps=9)
     clock = iter([0, 1, 5, 6, 9])              # made; a step; saved; a step; saved
@@ -74,14 +63,14 @@ def test_looking_and_saving_are_left_out_of_the_speed(tmp_path, monkeypatch):
     assert log.seconds == 2 and log.images == 16
 
 
-def test_dropout_and_muon_resume_to_the_bit(tmp_path):
-    options = ["--vae", BUNDLED / "vae.safetensors", "transformer.dropout=0.3", "transformer.muon_lr=0.01"]
-    train("transformer", tmp_path / "whole", *options, steps=4)
-    shutil.copytree(tmp_path / "whole", tmp_path / "parts")
-    (tmp_path / "parts" / "transformer_state_000000004.pt").unlink()
-    train("transformer", tmp_path / "parts", *options, "--resume", steps=4)
-    one, two = (load_file(tmp_path / name / "transformer.safetensors") for name in ("whole", "parts"))
-    assert all(torch.equal(one[key], two[key]) for key in one)
+# === Dropout, Muon ==========================================================================================
+def test_dropout_and_muon_resume_to_the_bit(arguments, tmp_path):
+    run = arguments("transformer", tmp_path / "run", "transformer.dropout=0.3", "transformer.muon_lr=0.01")
+    finished(train("transformer", *run))
+    shutil.copytree(tmp_path / "run", tmp_path / "whole")
+    (tmp_path / "run" / "transformer_state_000000006.pt").unlink()
+    finished(train("transformer", *run, "--resume"))
+    assert_same(tmp_path / "whole", tmp_path / "run", "transformer")
 
 
 def test_dropout_is_of_what_blocks_add_and_in_training_alone():
@@ -92,7 +81,7 @@ def test_dropout_is_of_what_blocks_add_and_in_training_alone():
     assert torch.equal(block.eval()(x), plain)
 
 
-def test_muon_has_the_whole_matrices_of_the_blocks_and_adamw_all_else(monkeypatch):
+def test_muon_has_the_whole_matrices_of_the_blocks_and_adamw_all_else(call):
     model = drr.ContextualRQTransformer(transformer_section(), 3, 16, 4, torch.randn(24, 8))
     c = load_config("smoke", ["transformer.muon_lr=0.02"]).transformer
     adamw, muon = train_transformer.optimizers(model, c)
@@ -101,33 +90,16 @@ def test_muon_has_the_whole_matrices_of_the_blocks_and_adamw_all_else(monkeypatc
     assert sorted(by[0] + by[1]) == sorted(names.values())
     assert by[1] == sorted(name for name, p in model.named_parameters() if "." in name and p.dim() == 2
                            and name.startswith(("spatial", "depthwise")))
-    monkeypatch.setattr(sys, "argv", ["train", "smoke", "--data", str(PHOTOS), "--device", "cpu",
-                                      "transformer.muon_lr=0.01", "transformer.shard=true"])
     with pytest.raises(UserError, match="Muon needs whole matrices"):
-        train_transformer.main()
-
-
-def test_full_size_crops_move_along_the_long_side():
-    boxes = [common.crop_box(40, 20, view, 7, 1.0) for view in range(1, 50)]
-    assert {(top, side) for _, top, side in boxes} == {(0, 20)}
-    assert min(boxes)[0] < 2 and max(boxes)[0] > 18            # from 0 to 20
-
-
-def test_pictures_are_decoded_without_other_processes():
-    """Which a signal to all of them would end, and which need shared memory."""
-    files, labels, classes = data.find_images(PHOTOS)
-    views = data.Views(files, labels, classes, 32, 4, load_config("smoke", ["data.in_memory=false"]).data)
-    batches = views.batches(0, 9)
-    first = next(batches)
-    assert multiprocessing.active_children() == []
-    images = [images for images, *_ in (first, *batches)]
-    assert len(images) == 9 and all(torch.equal(x, views[step][0]) for step, x in enumerate(images))
+        call(train_transformer.main, "smoke", "--data", PHOTOS, "--device", "cpu", "transformer.muon_lr=0.01",
+             "transformer.shard=true")
 
 
 # === As published: the codebook, the adversary, precisions ==================================================
-def test_the_codebook_moves_once_for_each_depth(tmp_path):
-    train("vae", tmp_path / "run", "vae.ema_decay=0.5", "vae.restart_below=0", steps=1)
-    counts = load_file(tmp_path / "run" / "vae.safetensors")["quantizer.cluster_size"]
+def test_the_codebook_moves_once_for_each_depth(arguments, tmp_path):
+    one_step = "vae.steps=1", "vae.quantize_start=0", "vae.ema_decay=0.5", "vae.restart_below=0"
+    finished(train("vae", *arguments("vae", tmp_path, *one_step)))
+    counts = weights(tmp_path, "vae")["quantizer.cluster_size"]
     assert counts.sum().item() == pytest.approx(8 * 64 * (1 - 0.5 ** 4))
 
 
@@ -165,7 +137,7 @@ def test_the_adversary_begins_as_in_the_official_code():
     assert train_vae.adaptive_weight(w.sum(), 1e-4 * w.sum(), w).item() == pytest.approx(1 / 2e-4)
 
 
-def test_stage_one_and_the_codes_are_float32_where_bf16_is_faster(monkeypatch, tmp_path):
+def test_stage_one_and_the_codes_are_float32_where_bf16_is_faster(call, monkeypatch):
     seen = []
 
     def look(*arguments):
@@ -176,11 +148,9 @@ def test_stage_one_and_the_codes_are_float32_where_bf16_is_faster(monkeypatch, t
     monkeypatch.setattr(common, "bf16_pays", lambda device: True)
     monkeypatch.setattr(runs, "settings_of", look)
     monkeypatch.setattr(data, "cached_codes", look)
-    for script, more in (train_vae, []), (train_transformer, ["--vae", str(BUNDLED / "vae.safetensors")]):
-        monkeypatch.setattr(sys, "argv", ["train", "smoke", "--data", str(PHOTOS), "--out", str(tmp_path),
-                                          "--device", "cpu", *more])
+    for script, more in (train_vae, []), (train_transformer, ["--vae", BUNDLED / "vae.safetensors"]):
         with pytest.raises(StopIteration):
-            script.main()
+            call(script.main, "smoke", "--data", PHOTOS, "--out", "run", "--device", "cpu", *more)
     assert seen == ["torch.float32", "torch.bfloat16", "torch.float32"]
 
 

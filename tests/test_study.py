@@ -1,48 +1,26 @@
 """tools/study.py: the study on a few images, and its statistics."""
+import functools
 import shutil
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import TESTS, sample_section, tiny_transformer, torch_model
+from conftest import random_checkpoint, sample_section, tiny_transformer, torch_model
+from processes import PHOTOS
 
 import drr
-from support import common
 from tools import study
-
-CLASSES = ["n02814860", "n09332890", "n09472597", "n11939491"]                         # those of feature_net
-CPU = ["--device", "cpu", "--precision", "fp32"]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A checkpoint with random weights in `checkpoint`, and val/<class>/*, four classes of one picture."""
-    folder = tmp_path_factory.mktemp("study")
-    for name in CLASSES:
-        (folder / "val" / name).mkdir(parents=True)
-        shutil.copy(min((TESTS / "photos" / "train" / name).iterdir()), folder / "val" / name)
-    config = common.load_config("smoke")
-    torch.manual_seed(0)
-    vae = drr.RQVAE(config.vae)
-    transformer = drr.ContextualRQTransformer(config.transformer, 4, 64, 4, vae.quantizer.codebook)
-    drr.save_vae(folder / "checkpoint" / "vae.safetensors", vae, config)
-    path = folder / "checkpoint" / "transformer.safetensors"
-    drr.save_transformer(path, transformer, config, CLASSES, CLASSES, vae)
-    return folder
 
 
 @pytest.fixture
-def call(monkeypatch, capsys, folder, tmp_path, feature_net):
-    """call(...) is `python -m tools.study ...` in this process: what it printed."""
-    def call(*arguments):
-        values = {"--data": folder, "--checkpoint": folder / "checkpoint", "--features": feature_net}
-        given = [word for pair in values.items() if pair[0] not in arguments for word in pair]
-        monkeypatch.setattr("sys.argv", ["tools.study", *map(str, [*given, *CPU, *arguments])])
-        monkeypatch.chdir(tmp_path)
-        study.main()
-        return capsys.readouterr().out
-    return call
+def run_study(call, tmp_path, feature_net):
+    """run_study(...) is `python -m tools.study ...` with random weights: what it printed."""
+    classes = sorted(path.name for path in (PHOTOS / "train").iterdir())       # those of feature_net
+    random_checkpoint(tmp_path / "random", classes, classes)
+    (tmp_path / "val").symlink_to(PHOTOS / "train")                            # more pictures than its own
+    return functools.partial(call, study.main, "--data", tmp_path, "--checkpoint", tmp_path / "random",
+                             "--features", feature_net, "--device", "cpu", "--precision", "fp32")
 
 
 def test_every_row_is_a_way_of_decoding_with_enough_revisions():
@@ -97,14 +75,14 @@ def test_a_table_marks_what_differs_beyond_its_error():
     assert b[4] == a[4] and "±" in b[4]                              # the same hits: no difference
 
 
-def test_study_from_nothing_to_tables_and_on(call, tmp_path, monkeypatch):
+def test_study_from_nothing_to_tables_and_on(run_study, tmp_path, monkeypatch):
     command = ["--out", "study", "--batch", 5, "--images", 5, "--tables", "2,4"]
-    assert "1 x 5 images" in call(*command, "--seeds", 1)
+    assert "1 x 5 images" in run_study(*command, "--seeds", 1)
     kept = tmp_path / "study" / "t_draft=8_rounds=5-0.npz"
     with np.load(kept) as arrays:
         assert arrays["features"].shape == (6, 5, 6) and arrays["right"].shape == (6, 5)
     written = kept.stat().st_mtime_ns
-    text = call(*command, "--seeds", 2)
+    text = run_study(*command, "--seeds", 2)
     assert kept.stat().st_mtime_ns == written                        # drawn once
     for words in ("2 x 5 images", "| T_draft 8, M = 5 |", "| T_revise 8 |", "### 4. "):
         assert words in text
@@ -112,26 +90,13 @@ def test_study_from_nothing_to_tables_and_on(call, tmp_path, monkeypatch):
                  "t_draft=8_rounds=5-1.npz", "t_draft=8_t_revise=1_rounds=2-1.npz"):
         assert (tmp_path / "study" / name).stat().st_size > 100
     with pytest.raises(drr.UserError, match="another --out"):
-        call(*command, "--images", 6)
+        run_study(*command, "--images", 6)
     monkeypatch.setattr(study, "see", shutil.copy)                   # any other code
     with pytest.raises(drr.UserError, match="another --out"):
-        call(*command)
+        run_study(*command)
 
 
-def test_infilling_counts_the_codes_that_come_back(call, tmp_path):
-    text = call("--infill", "--out", "study")
+def test_infilling_counts_the_codes_that_come_back(run_study, tmp_path):
+    text = run_study("--infill", "--out", "study")
     assert "| right half | Draft-and-Revise |" in text and "| random half | another image |" in text
     assert (tmp_path / "study" / "infill.png").stat().st_size > 100
-
-
-@pytest.mark.parametrize("arguments, word", [
-    (["--seeds", "0"], "--seeds"),
-    (["--images", "4"], "--images"),
-    (["--tables", "1,11"], "from 1 to 10"),
-    (["--features", "inceptoin"], "inceptoin"),
-    (["--data", TESTS / "photos"], "at least 4"),
-    (["--data", TESTS, "--infill"], "val/<class>")])
-def test_mistakes_are_one_sentence(call, arguments, word):
-    with pytest.raises(drr.UserError, match=word) as error:
-        call(*arguments)
-    assert "\n" not in str(error.value)
