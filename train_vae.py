@@ -8,95 +8,20 @@ import copy
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from torch import nn
-from torch.nn.utils.parametrizations import spectral_norm
 from torch.utils.flop_counter import FlopCounterMode
 
 import drr
 from drr import UserError
 from support import data, runs
 from support.common import autocast, grid, load_config, run, save_picture, to_float, to_pixels
-from support.perceptual import perceptual_distance
+from support.losses import (Discriminator, HingeLoss, adaptive_weight, feature_matching,
+                            perceptual_distance)
 
 TERMS = ("loss", "reconstruction", "commitment", "perceptual", "gan", "features", "disc", "logits_real",
          "logits_fake", "lambda")
 
 
-# === The adversary: images -> logits of patches, features -> losses of discriminator and decoder ============
-class Blur(nn.Module):
-    """[1, 2, 1] / 4 along both sides of x (B, C, H, W), before a stride: no checkerboard in the gradients."""
-
-    def forward(self, x):
-        kernel = x.new_tensor([1, 2, 1]) / 4
-        kernel = (kernel[:, None] * kernel).expand(x.shape[1], 1, 3, 3)
-        return F.conv2d(F.pad(x, (1, 1, 1, 1), mode="reflect"), kernel, groups=x.shape[1])
-
-
-class Discriminator(nn.Module):
-    """images (B, 3, S, S) -> logits (B, 1, h, w), one per patch, and every layer's features, [(B, c, h, w)].
-
-    patchgan   VQGAN's (Isola et al. 2017): 4x4 convolutions of stride 2 with batch normalization
-    spectral   pairs of 3x3 and of 4x4 convolutions of stride 2, spectrally normalized (Miyato et al. 2018), a
-               blur before each stride (Zhang 2019), borders reflected. DEVIATION: steadier in short trainings
-    """
-
-    def __init__(self, kind, ch, layers):
-        super().__init__()
-        self.layers = nn.ModuleList()
-        width = 3
-        for i in range(layers + 1):
-            c_out = ch * min(2 ** i, 8)
-            if kind == "spectral":
-                for first, kernel, stride in ((width, 3, 1), (c_out, 4, 2)):
-                    conv = spectral_norm(nn.Conv2d(first, c_out, kernel, stride, 1, padding_mode="reflect"))
-                    before = [Blur()] if stride == 2 else []
-                    self.layers.append(nn.Sequential(*before, conv, nn.LeakyReLU(0.2)))
-            else:
-                conv = nn.Conv2d(width, c_out, 4, 2 if i < max(layers, 1) else 1, 1, bias=i == 0)
-                norm = [nn.BatchNorm2d(c_out, track_running_stats=False)] if i else []     # only ever trained
-                self.layers.append(nn.Sequential(conv, *norm, nn.LeakyReLU(0.2)))
-            width = c_out
-        head = nn.Conv2d(width, 1, 3 if kind == "spectral" else 4, 1, 1)
-        self.head = spectral_norm(head) if kind == "spectral" else head
-        for module in self.modules() if kind == "patchgan" else []:            # as in the official code
-            if isinstance(module, (nn.Conv2d, nn.BatchNorm2d)):
-                nn.init.normal_(module.weight, float(isinstance(module, nn.BatchNorm2d)), 0.02)
-
-    def forward(self, x):
-        features = []
-        for layer in self.layers:
-            x = layer(x)
-            features.append(x)
-        return self.head(x), features
-
-
-class HingeLoss(nn.Module):
-    """L_disc = (mean max(0, 1 - D(x)) + mean max(0, 1 + D(x_hat))) / 2 (Lim and Ye 2017), mean logits of
-    the images (B, 3, S, S). A module, because DistributedDataParallel wants one forward pass."""
-
-    def __init__(self, discriminator):
-        super().__init__()
-        self.discriminator = discriminator
-
-    def forward(self, real, fake):
-        real = self.discriminator(real)[0].float()
-        fake = self.discriminator(fake)[0].float()
-        return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean()), real.mean(), fake.mean()
-
-
-def feature_matching(fake, real):
-    """L_feat = mean_l mean |D_l(x_hat) - D_l(x)|, of the layers' features (pix2pixHD, Wang et al. 2018)."""
-    return torch.stack([(a.float() - b.float()).abs().mean() for a, b in zip(fake, real)]).mean()
-
-
-def adaptive_weight(reconstruction, adversarial, last_layer):
-    """lambda = ||grad L_rec|| / (||grad L_gan|| + 1e-4) at the decoder's end (VQGAN Eq. 7), in [0, 1e4]."""
-    rec, gan = (torch.autograd.grad(loss, last_layer, retain_graph=True)[0].norm()
-                for loss in (reconstruction, adversarial))
-    return (rec / (gan + 1e-4)).clamp(0, 1e4).detach()
-
-
+# === The loss, and a look at reconstructions ================================================================
 def adversary_share(step, c):
     """How much of the adversary the decoder feels: from vae.disc_start on, it rises to 1 in disc_ramp steps.
     DEVIATION: in the paper it is there at once; a discriminator that has yet to learn gives bad advice."""
@@ -105,7 +30,6 @@ def adversary_share(step, c):
     return min(1.0, (step - c.disc_start) / c.disc_ramp) if c.disc_ramp else 1.0
 
 
-# === The RQ-VAE's loss, its reconstruction judged, the codes of --decoder-only ==============================
 def objective(c, vae, disc, distance, dtype, x, recon, commitment, beta, share):
     """L = L_rec + w_p L_perc + beta L_commit + share (w_g lambda L_gan + w_f L_feat)   (RQ-VAE section 3.1).
 

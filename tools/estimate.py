@@ -19,7 +19,7 @@ from drr import UserError
 from support import runs
 from support.common import (HERE, add_device_arguments, load_config, matrix_rate, pick_device, precision_name,
                             run)
-from train_vae import Discriminator
+from support.losses import Discriminator
 
 CLASSES = 1000      # of ImageNet; a class is only one more embedding
 

@@ -37,7 +37,7 @@ from sample import check_writable
 from support import data, fast, runs
 from support.common import (BUNDLED, HERE, add_device_arguments, crop, from_rank_0, open_image, pick_classes,
                             precision_name, run, to_float, to_pixels)
-from support.perceptual import efficientnet_lite0
+from support.losses import efficientnet_lite0
 from tools import strategies
 
 CLASSIFIER = HERE / "checkpoints" / "classifier-32" / "classifier.pt2"
