@@ -21,7 +21,7 @@ from torch import nn
 import drr
 from drr import UserError
 from support import models, official
-from support.common import BUNDLED, load_config, run
+from support.common import BUNDLED, load_config, run, sampling_values
 from support.runs import refuse_replacing
 
 
@@ -140,9 +140,10 @@ def graph(t, kind):
 
 # === Published weights ======================================================================================
 NAMES = {"body_transformer.blocks.": "spatial.", "head_transformer.blocks.": "depthwise.",
-         ".attn.proj.": ".proj.", ".mlp.0.": ".fc1.", ".mlp.2.": ".fc2.", "input_mlp.": "w_in.",
-         "head_mlp.": "w_depth.", "pos_emb_hw": "pos", "pos_emb_d": "depth_pos", "pos_emb_cond": "cond_pos",
-         "cond_emb.": "cond_embed.", "classifier.layer_norm.": "ln.", "classifier.linear.": "classifier."}
+         ".attn.query.": ".qkv.", ".attn.proj.": ".proj.", ".mlp.0.": ".fc1.", ".mlp.2.": ".fc2.",
+         "input_mlp.": "w_in.", "head_mlp.": "w_depth.", "pos_emb_hw": "pos", "pos_emb_d": "depth_pos",
+         "pos_emb_cond": "cond_pos", "cond_emb.": "cond_embed.", "classifier.layer_norm.": "ln.",
+         "classifier.linear.": "classifier."}
 
 
 def load_official(folder):
@@ -152,13 +153,21 @@ def load_official(folder):
     vae = official.load_official_rqvae(model_file(folder, "stage1"), vae_section)
     path = model_file(folder, "stage2")
     state = official.read_state(path, "RQ-Transformer")
-    with torch.device("meta"):                       # without memory: the file's tensors take their place
-        transformer = RQTransformer(transformer_section, conditions, vae.side ** 2, vae.quantizer.depth,
-                                    vae.quantizer.codebook)
     with drr.explained(path):
+        with torch.device("meta"):                   # without memory: the file's tensors take their place
+            transformer = RQTransformer(transformer_section, conditions, vae.side ** 2, vae.quantizer.depth,
+                                        vae.quantizer.codebook)
+        qkv = {name: joined(state, name) for name in list(state) if ".attn.query." in name}
+        again = official.read_state(path, "RQ-Transformer")
+        state = qkv | {name: again[name] for name in state}        # what was read for qkv leaves the memory
         tensors = renamed(state, vae.quantizer.depth)
     drr.fill(transformer, tensors, path, assign=True)
     return vae, transformer.requires_grad_(False).eval()
+
+
+def joined(state, name):
+    """Takes a query's weight or bias, and its key's and value's, out of `state`: ours are one."""
+    return torch.cat([state.pop(name.replace("query", part)) for part in ("query", "key", "value")])
 
 
 def renamed(state, depth):
@@ -170,12 +179,8 @@ def renamed(state, depth):
         raise ValueError("a classifier for each depth; only one that all depths share is supported")
     result = {}
     for name, tensor in state.items():
-        # cond_classifier predicts text, for a loss that sampling does not need
-        if name.startswith("cond_classifier.") or ".attn.key." in name or ".attn.value." in name:
+        if name.startswith("cond_classifier."):      # predicts text, for a loss that sampling does not need
             continue
-        if ".attn.query." in name:                   # ours is one matrix for query, key and value
-            tensor = torch.cat([state[name.replace("query", part)] for part in ("query", "key", "value")])
-            name = name.replace(".attn.query.", ".qkv.")
         if name == "input_mlp.bias":                 # theirs is added to each of the D vectors of a stack
             tensor = tensor * depth
         if name.startswith("pos_emb"):
@@ -189,7 +194,8 @@ def renamed(state, depth):
 def model_file(folder, stage):
     """FOLDER/STAGE/model.pt, or model.safetensors where there is none."""
     path = Path(folder) / stage / "model.pt"
-    return path if path.exists() else path.with_suffix(".safetensors")
+    other = path.with_suffix(".safetensors")
+    return other if other.exists() and not path.exists() else path
 
 
 def read_sections(folder):
@@ -205,6 +211,7 @@ def read_sections(folder):
             if arch["type"] != kind:
                 raise UserError(f"{path} is of a model {arch['type']!r}; expected {kind!r}.")
             found.append((vae_section if kind == "rq-vae" else transformer_section)(arch, base))
+            sampling = dict(document.get("sampling") or {})
         except FileNotFoundError:
             raise UserError(f"{path} does not exist; give the folder of a release, with stage1/ and stage2/, "
                             "in each of them config.yaml and model.pt.") from None
@@ -216,7 +223,7 @@ def read_sections(folder):
         raise UserError(f"{folder}: stage2 is for codes {needed[0]} of a codebook {needed[1:]}, stage1 has "
                         f"{code_shape} and {(vae.codebook_size, vae.code_dim)}; keep the two stages of one "
                         "release together.")
-    return vae, transformer, conditions, document.get("sampling") or {}
+    return vae, transformer, conditions, sampling
 
 
 def vae_section(arch, base):
@@ -233,6 +240,11 @@ def transformer_section(arch, base):
     d, conditions, length = arch["embed_dim"], arch["vocab_size_cond"], arch["block_size_cond"]
     cond = "text" if length > 1 else "class" if conditions > 1 else "none"
     heads = arch["body"]["block"]["n_head"]
+    if arch["head"]["block"]["n_head"] != heads:
+        raise ValueError("head.block.n_head is not body.block.n_head")
+    for key in ("input_emb_vqvae", "head_emb_vqvae", "cumsum_depth_ctx", "shared_cls_emb"):
+        if not arch.get(key, True):
+            raise ValueError(f"{key} is false")
     section = {**vars(base.transformer), "kind": "autoregressive", "n_spatial": arch["body"]["n_layer"],
                "n_depth": arch["head"]["n_layer"], "d_model": d, "head_dim": d // heads, "cond": cond,
                "cond_dropout": 0.0, "text_length": length, "text_vocab": conditions}
@@ -254,6 +266,7 @@ def main():
     vae, transformer = load_official(args.folder)
     names = {"temp": "draft_temperature", "top_k": "top_k", "top_p": "top_p"}
     vars(config.sample).update({names[key]: sampling[key] for key in names if sampling.get(key)})
+    config.sample = sampling_values(config, [], transformer.positions)
     classes = titles = [""]
     if config.transformer.cond == "class":
         classes = titles = [str(i) for i in range(conditions)]

@@ -5,7 +5,7 @@ from zipfile import is_zipfile
 import torch
 from safetensors.torch import load_file
 
-from drr import RQVAE, UserError, fill, save_vae
+from drr import RQVAE, UserError, explained, fill, save_vae
 from support.runs import refuse_replacing
 
 
@@ -28,17 +28,19 @@ def read_state(path, kind):
         else:
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
     except FileNotFoundError:
-        raise UserError(f"The file {path} does not exist.") from None
+        raise UserError(f"The file {path} does not exist; give another path.") from None
     except Exception as error:   # truncated, no torch file, or a pickle with code, which never runs
-        raise UserError(f"{path} is no {kind} release that can be read ({type(error).__name__}).") from None
+        raise UserError(f"{path} is no {kind} release that can be read ({type(error).__name__}); copy it "
+                        "again or give another file.") from None
     if isinstance(state, dict):
         state = state.get("state_dict", state)  # .safetensors has no nested dictionaries, only prefixes
     if not isinstance(state, dict) or not all(isinstance(k, str) for k in state):
-        raise UserError(f"{path} holds no state dict; it is no {kind} release.")
+        raise UserError(f"{path} holds no state dict, so it is no {kind} release; give another file.")
     if any(k.startswith("state_dict.") for k in state):
         state = {k.removeprefix("state_dict."): v for k, v in state.items() if k.startswith("state_dict.")}
     if not all(isinstance(v, torch.Tensor) for v in state.values()):
-        raise UserError(f"{path} holds other things than tensors; it is no {kind} release.")
+        raise UserError(f"{path} holds other things than tensors, so it is no {kind} release; give another "
+                        "file.")
     return state
 
 
@@ -60,6 +62,7 @@ def load_official_rqvae(path, c):
             tensor = books[key][:-1] if theirs == "weight" else books[key]
             if not torch.equal(tensor, state.setdefault(f"quantizer.{ours}", tensor)):
                 raise UserError(f"{path} has a codebook per depth; only a shared one is supported.")
-    vae = RQVAE(c)
+    with explained(path):
+        vae = RQVAE(c)
     fill(vae, state, path)
     return vae.requires_grad_(False).eval()
