@@ -30,7 +30,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -326,14 +326,6 @@ class RQVAE(nn.Module):
         return self.decode_latent(z_hat if quantized else z), commitment, z, codes
 
 
-@torch.no_grad()
-def reconstructions(vae, images):
-    """images (B, 3, S, S) -> (B * (1 + D), 3, S, S): each original, then its decodes from depths 1 .. D."""
-    _, partial_sums = vae.quantizer.quantize(vae.encode_latent(images))            # (B, N, D, n_z)
-    decodes = [vae.decode_latent(z_hat) for z_hat in partial_sums.unbind(-2)]
-    return torch.stack([images, *decodes], 1).flatten(0, 1)
-
-
 # === Contextual RQ-Transformer: codes (B, N, D), mask (B, N) -> h (B, N, d_model) -> logits (P, D, K) =======
 class Block(nn.Module):
     """A pre-LayerNorm transformer block, x (B, T, d_model) -> the same; 12 d^2 + 13 d parameters."""
@@ -603,10 +595,10 @@ def draft_and_revise(model, cond, noise, c, codes=None, region=None, update=upda
             yield state
 
 
-def sample(model, cond, seed, images, c, codes=None, region=None, update=update):
-    """Codes (B, N, D) of the images with these indices of a seed: `draft_and_revise` to its end."""
+def sample(model, cond, seed, images, c, codes=None, region=None, update=update, decode=draft_and_revise):
+    """Codes (B, N, D) of the images with these indices of a seed: `decode` to its end."""
     noise = draw_noise(seed, images, 1 + c.rounds, model.positions, model.depth)
-    *_, last = draft_and_revise(model, cond, noise, c, codes, region, update)
+    *_, last = decode(model, cond, noise, c, codes, region, update)
     return last.codes
 
 
@@ -720,14 +712,16 @@ def load_vae(path):
     return vae.requires_grad_(False).eval(), c
 
 
-def load_checkpoint(directory):
+def load_checkpoint(directory, build=ContextualRQTransformer, dtype=torch.float32):
     """The model in a folder: vae.safetensors and transformer.safetensors, as the two trainers write them.
-    Returns vae, transformer (float32, on the CPU) and info: the sections `vae`, `transformer`, `sample`, and
-    the lists `classes` and `titles`. Raises UserError as `load_vae` does, and if the two do not match."""
+    Returns vae (float32), transformer (`dtype`), on the CPU, and info: the sections `vae`, `transformer` and
+    `sample`, and the lists `classes` and `titles`. Raises UserError as `load_vae` does, and if the two do not
+    match. build: makes the transformer from ContextualRQTransformer's arguments."""
     vae_path, path = (Path(directory) / f"{name}.safetensors" for name in ("vae", "transformer"))
     vae, vae_section = load_vae(vae_path)
-    tensors, meta = read_model(path)
-    if meta.get("vae") not in (code_fingerprint(vae), *former_fingerprints(vae_path, vae)):
+    tensors, meta = read_model(path, dtype)
+    known = meta.get("vae")
+    if known != code_fingerprint(vae) and known not in former_fingerprints(vae_path, vae):
         raise UserError(f"{path} was trained on the codes of another RQ-VAE than {vae_path}; "
                         "keep the two files of one training together.")
     with explained(path):
@@ -736,9 +730,10 @@ def load_checkpoint(directory):
                                titles=meta["titles"])
         if set(map(type, info.classes + info.titles)) != {str} or len(info.classes) != len(info.titles):
             raise ValueError("each class needs a name and a title")
-        transformer = ContextualRQTransformer(info.transformer, conditions(info.transformer, info.classes),
-                                              vae.side ** 2, info.vae.depth, vae.quantizer.codebook)
-    fill(transformer, tensors, path)
+        c, book = info.transformer, vae.quantizer.codebook
+        with torch.device("meta"):                                 # without memory: the file's tensors come
+            transformer = build(c, conditions(c, info.classes), vae.side ** 2, info.vae.depth, book)
+    fill(transformer, tensors, path, assign=True)
     return vae, transformer.requires_grad_(False).eval(), info
 
 
@@ -747,22 +742,26 @@ def conditions(c, classes):
     return {"class": len(classes), "text": c.text_vocab, "none": 1}[c.cond]
 
 
-def read_model(path):
-    """(tensors, meta) of a file by `save_model`. Raises UserError for anything else; executes nothing."""
+def read_model(path, dtype=torch.float32):
+    """(tensors, meta) of a file by `save_model`, its floating-point numbers in `dtype`. Raises UserError for
+    anything else; executes nothing."""
     with explained(path):
         with safe_open(path, "pt") as f:
-            meta = dict(json.loads(f.metadata()["drr"]))
-        tensors = load_file(path)
-        for name, tensor in tensors.items():
-            if tensor.is_floating_point() and not tensor.isfinite().all():
+            meta, names = dict(json.loads(f.metadata()["drr"])), f.keys()
+        tensors = {}
+        for name in names:
+            with safe_open(path, "pt") as f:                       # anew: a map ends with what is converted
+                tensor = f.get_tensor(name)
+            if not torch.stack(tensor.aminmax()).isfinite().all():
                 raise ValueError(f"{name} holds numbers that are not finite")
+            tensors[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
         return tensors, meta
 
 
-def fill(module, tensors, path):
+def fill(module, tensors, path, **options):
     """load_state_dict, strict. Raises UserError where the weights of the file `path` do not fit."""
     with explained(path):
-        module.load_state_dict(tensors)
+        module.load_state_dict(tensors, **options)
 
 
 @contextlib.contextmanager

@@ -20,6 +20,7 @@ import io
 import json
 import logging
 import signal
+import sys
 import uuid
 import warnings
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
@@ -32,7 +33,7 @@ from tqdm import tqdm
 
 import drr
 from drr import UserError
-from support import backends
+from support import backends, models
 from support.common import BUNDLED, HERE, PRECISIONS, run
 
 # The largest difference to PyTorch in float32 that a graph may show: absolute for outputs of ordinary size,
@@ -61,27 +62,14 @@ class DepthStep(nn.Module):
         self.register_buffer("depths", torch.arange(transformer.depth), persistent=False)
 
     def forward(self, h, stacks, position, cache):
-        t, P = self.network, h.shape[0]
+        t = self.network
         v = h                                                             # (P, d_model)
         if t.depth > 1:
             chosen = (self.depths < position)[:, None].to(h.dtype)        # (D, 1): 1 for the codes so far
             e = (F.embedding(stacks, t.codebook) * chosen).sum(1)         # (P, n_z)
             v = torch.where(position == 0, h, t.w_depth(e))
-        v = v + t.depth_pos[position]
-        # (D,), added to the scores: hides what lies in the cache from this position on.
-        bias = torch.where(self.depths < position, 0.0, -1e4).to(h.dtype)
-        old, new = cache.flatten(0, 1).unbind(), []                       # keys, values of block 0, ...
-        for block, keys, values in zip(t.depthwise, old[::2], old[1::2]):     # (P, heads, D, head_dim)
-            q, key, value = block.qkv(block.ln1(v)).view(P, 3, t.heads, 1, t.head_dim).unbind(1)
-            q = q * t.head_dim ** -0.5
-            before = q @ keys.transpose(-2, -1) + bias                    # (P, heads, 1, D)
-            itself = (q * key).sum(-1, keepdim=True)                      # (P, heads, 1, 1)
-            p = torch.cat([before, itself], -1).softmax(-1)
-            a = p[..., :-1] @ values + p[..., -1:] * value                # (P, heads, 1, head_dim)
-            v = v + block.proj(a.view(P, -1))
-            v = v + block.fc2(F.gelu(block.fc1(block.ln2(v))))
-            new += [key, value]
-        return t.classifier(t.ln(v)).float(), torch.stack(new).view(-1, 2, P, t.heads, t.head_dim)
+        v, new = models.one_token(t.depthwise, v + t.depth_pos[position], cache, self.depths < position)
+        return t.classifier(t.ln(v)).float(), new
 
 
 class FlatLinear(nn.Linear):
@@ -99,7 +87,8 @@ def make_modules(vae, transformer, dtype):
     for module in transformer.spatial.modules():
         if isinstance(module, nn.Linear):
             module.__class__ = FlatLinear
-    yield "spatial", Part(transformer.context).eval()
+    graph = models.kind_of(transformer).graph
+    yield "spatial", (graph(transformer, "")[0] if graph else Part(transformer.context)).eval()
     yield "depth", DepthStep(transformer).eval()
     yield "decoder", Part(vae.decode).eval()
     yield "encoder", Part(vae.encode).eval()
@@ -114,14 +103,20 @@ def describe(vae, transformer, info, precision, max_batch):
     kind = str(PRECISIONS[precision]).removeprefix("torch.")
     codes = ["codes", ["rows", N, D], "int64"]
     images = ["images", ["rows", 3, S, S], "float32"]
-    guided = 2 * max_batch                                        # guidance doubles the transformer's batch
+    graph = models.kind_of(t).graph
+    if graph:                                                     # a stack at a time, without guidance
+        _, inputs, outputs = graph(t, kind)
+        spatial, stacks = {"max_sizes": {"rows": max_batch}, "inputs": inputs, "outputs": outputs}, max_batch
+    else:
+        guided = 2 * max_batch                                    # guidance doubles the transformer's batch
+        inputs = [codes, ["mask", ["rows", N], "bool"], ["cond", ["rows", t.cond_length], "int64"],
+                  ["positions", ["rows", "selected"], "int64"]]
+        spatial = {"max_sizes": {"rows": guided, "selected": N}, "inputs": inputs,
+                   "outputs": [["context", ["rows", "selected", d], kind]]}
+        stacks = guided * N
     parts = {
-        "spatial": {"opset": 20, "max_sizes": {"rows": guided, "selected": N},
-                    "inputs": [codes, ["mask", ["rows", N], "bool"],
-                               ["cond", ["rows", t.cond_length], "int64"],
-                               ["positions", ["rows", "selected"], "int64"]],
-                    "outputs": [["context", ["rows", "selected", d], kind]]},
-        "depth": {"opset": 20, "max_sizes": {"rows": guided * N},
+        "spatial": {"opset": 20, **spatial},
+        "depth": {"opset": 20, "max_sizes": {"rows": stacks},
                   "inputs": [["h", ["rows", d], kind], ["stacks", ["rows", D], "int64"],
                              ["position", [1], "int64"], ["cache", cache, kind]],
                   "outputs": [["logits", ["rows", K], "float32"], ["new", cache[:4] + cache[5:], kind]]},
@@ -129,8 +124,10 @@ def describe(vae, transformer, info, precision, max_batch):
         "decoder": {"opset": 22, "max_sizes": {"rows": max_batch}, "inputs": [codes], "outputs": [images]},
         "encoder": {"opset": 22, "max_sizes": {"rows": max_batch}, "inputs": [images], "outputs": [codes]}}
     model = {"size": S, "side": vae.side, "positions": N, "depth": D, "null": t.null, "heads": t.heads,
-             "cond_length": t.cond_length, "n_depth": len(t.depthwise), "head_dim": t.head_dim}
-    source = hashlib.sha256((HERE / "drr.py").read_bytes() + (HERE / "export.py").read_bytes()).hexdigest()
+             "cond_length": t.cond_length, "n_depth": len(t.depthwise), "head_dim": t.head_dim,
+             "conditions": t.cond_embed.num_embeddings}
+    code = (HERE / "drr.py", HERE / "export.py", models.__file__, sys.modules[type(t).__module__].__file__)
+    source = hashlib.sha256(b"".join(Path(file).read_bytes() for file in code)).hexdigest()
     return {"version": backends.MANIFEST_VERSION, "source": source, "precision": precision,
             "max_batch": max_batch, "model": model, "parts": parts,
             "classes": info.classes, "titles": info.titles,
@@ -144,7 +141,7 @@ def example_inputs(part, size, model, codebook_size):
     generator = torch.Generator().manual_seed(0)
     sizes = {"rows": size, "selected": size + 2}                  # unlike: none can pass for the other
     sizes = {name: min(sizes[name], largest) for name, largest in part["max_sizes"].items()}
-    highest = {"cond": model["null"] + 1, "position": 1, "positions": model["positions"]}
+    highest = {"cond": model["conditions"], "position": 1, "positions": model["positions"]}
     inputs = []
     for name, shape, dtype in part["inputs"]:
         shape = [sizes.get(n, n) for n in shape]
@@ -181,8 +178,19 @@ def compare(name, run_graph, part, vae, transformer, model, size):
         codes = torch.randint(K, shape, generator=torch.Generator().manual_seed(1))
         images = vae.decode(codes).clamp(-1, 1)
         return (run_graph(images)[0] != vae.encode(images)).float().mean().item(), 1.0
-    if name == "spatial":
+    if name == "spatial" and part["inputs"][0][0] == "codes":
         ours, theirs = run_graph(*inputs)[0], transformer.context(*inputs)
+    elif name == "spatial":                                       # all tokens, through the cache
+        stacks, cond, _, cache = inputs
+        numbers = torch.arange(model["positions"])[:, None]
+        codes = (stacks[:, None] + numbers) % K                   # (B, N, D)
+        cache, contexts = torch.zeros_like(cache), []
+        for t in range(cache.shape[-2]):
+            stack = codes[:, max(0, t - cond.shape[1])]
+            context, cache[..., t, :] = run_graph(stack, cond, torch.tensor([t]), cache)
+            contexts.append(context)
+        ours = torch.stack(contexts[cond.shape[1] - 1:], 1)
+        theirs = transformer.context(codes, None, cond)
     elif name == "decoder":
         ours, theirs = run_graph(*inputs)[0], vae.decode(*inputs)
     else:                                                         # all depths of a stack, through the cache
@@ -364,7 +372,7 @@ def main():
     signal.signal(signal.SIGTERM, signal.default_int_handler)     # a stopped export cleans up after itself
     out = args.out.resolve()
     write = current_export if args.trt else export                # engines alone need no new graphs
-    manifest = write(*drr.load_checkpoint(args.checkpoint), out, args.precision, args.max_batch)
+    manifest = write(*models.load_checkpoint(args.checkpoint), out, args.precision, args.max_batch)
     size = sum(path.stat().st_size for path in out.glob("graphs-*/*"))
     print(f"{', '.join(backends.PARTS)}: {size / 2 ** 20:.0f} MiB -> {out}/")
     if args.trt:

@@ -18,9 +18,10 @@ from tqdm import tqdm
 
 import drr
 from drr import UserError
+from support import models
 from support.common import (BUNDLED, add_device_arguments, crop, grid, open_image, pick_classes, pick_device,
-                            precision_name, resize_mask, run, sampling_values, save_picture, to_float,
-                            to_pixels)
+                            precision_name, reconstructions, resize_mask, run, sampling_values, save_picture,
+                            to_float, to_pixels)
 
 # A flag is another way to write key=value.
 FLAGS = [("--t-draft", "t_draft", "updates of the draft"),
@@ -72,14 +73,15 @@ def load_model(args, device, dtype):
     if args.backend == "torch":
         if "exported" in args.given:
             raise UserError("--exported is for --backend onnx or trt; name one, or leave it out.")
-        vae, transformer, info = drr.load_checkpoint(BUNDLED if args.checkpoint is None else args.checkpoint)
+        folder = BUNDLED if args.checkpoint is None else args.checkpoint
+        vae, transformer, info = models.load_checkpoint(folder, dtype)
         return drr.TorchModel(vae, transformer, device, dtype), info, device
     from support import backends
     if args.compile or args.device == "mps":
         raise UserError(f"--backend {args.backend} takes neither --compile nor --device mps; leave them out.")
     model, info = backends.load(args.backend, args.exported, torch.device(device.type.replace("mps", "cpu")))
     if args.checkpoint:                                      # it must be what was exported
-        vae, transformer, _ = drr.load_checkpoint(args.checkpoint)
+        vae, transformer, _ = models.load_checkpoint(args.checkpoint)
         if model.checkpoint != {"vae": drr.fingerprint(vae), "transformer": drr.fingerprint(transformer)}:
             raise UserError(f"{args.exported} was exported from another checkpoint than {args.checkpoint}; "
                             f"leave --checkpoint out, or run export.py --checkpoint {args.checkpoint}.")
@@ -144,7 +146,7 @@ def hide(images, hidden):
     return torch.where(torch.nn.functional.interpolate(grey, images.shape[-1]) > 0, 0.0, images)
 
 
-def generate(model, cond, images, seed, c, update, bar, codes=None, region=None, keep=()):
+def generate(model, decode, cond, images, seed, c, update, bar, codes=None, region=None, keep=()):
     """The pictures number `images` of a seed, for the conditions cond (B, L): (B, 3, S, S).
 
     codes (B, N, D) and region (N,): in-painting. keep: the updates of the draft to show; then the second
@@ -153,7 +155,7 @@ def generate(model, cond, images, seed, c, update, bar, codes=None, region=None,
     noise = drr.draw_noise(seed, images, 1 + c.rounds, model.positions, model.depth)
     hidden = []
     ends = {}                                                # round: codes at its end; 0 is the draft
-    for number, state in enumerate(drr.draft_and_revise(model, cond, noise, c, codes, region, update)):
+    for number, state in enumerate(decode(model, cond, noise, c, codes, region, update)):
         bar.update()
         bar.set_postfix_str(f"{state.phase} {state.round or ''}", refresh=False)
         if number in keep and state.phase == "draft":
@@ -174,7 +176,7 @@ def reconstruct(args, device):
     original = to_float(crop(open_image(args.reconstruct), vae.size)[None], device)
     args.out = args.out or "samples/reconstruction.png"
     out, _ = output_paths(args, 1)
-    images = drr.reconstructions(vae.to(device), original)
+    images = reconstructions(vae.to(device), original)
     save_picture(grid(to_pixels(images), len(images), max(1, 256 // vae.size)), out)
     print(f"original, then depths 1 to {len(images) - 1} -> {out}")
 
@@ -192,6 +194,9 @@ def main():
     model, info, device = load_model(args, device, dtype)
     classes = pick_classes(args.classes, info)
     c = sampling_values(info, args.flags + args.overrides, model.positions)
+    decode = models.kind(info.transformer).decode
+    if args.compile and decode is not drr.draft_and_revise:
+        raise UserError("--compile is for the updates of Draft-and-Revise; leave it out here.")
     if set(classes) == {None}:                               # null against null: guidance changes nothing
         c.draft_guidance = c.revise_guidance = 1.0
     if args.backend != "torch":                              # the largest power of two that the graphs take
@@ -233,7 +238,8 @@ def main():
             images = range(first, first + 2 ** math.ceil(math.log2(size)))
             cond = torch.tensor([[labels[i % num % len(labels)]] for i in images], device=device)  # (B, 1)
             known = None if codes is None else codes.expand(len(images), -1, -1)                   # (B, N, D)
-            drawn, states = generate(model, cond, images, args.seed, c, update, bar, known, region, keep)
+            drawn, states = generate(model, decode, cond, images, args.seed, c, update, bar, known, region,
+                                     keep)
             if args.paste:
                 drawn, *states = (torch.where(mask, x, original) for x in (drawn, *states))
             pixels.extend(to_pixels(drawn[:count]))

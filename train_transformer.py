@@ -5,7 +5,6 @@
     python sample.py --checkpoint runs/tiny-imagenet-32 --class 980
 """
 import copy
-import math
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,7 @@ import torch
 
 import drr
 from drr import UserError
-from support import data, runs
+from support import data, models, runs
 from support.common import (autocast, grid, load_config, run, sampling_values, save_picture, to_float,
                             to_pixels)
 
@@ -28,18 +27,18 @@ def training_noise(seed, step, batch_size, positions, depth):
     return uniforms[:, 1:], uniforms[:, 0], of_codes
 
 
-def step_operations(model):
-    """Operations of a step per image, 6 per parameter and token. On average 2 / pi of all stacks are hidden:
-    those go through the depth transformer."""
+def step_operations(model, hidden):
+    """Operations of a step per image, 6 per parameter and token. On average a share `hidden` of all stacks is
+    hidden: those go through the depth transformer."""
     spatial = sum(p.numel() for p in model.spatial.parameters())
     depth = sum(p.numel() for part in (model.depthwise, model.classifier) for p in part.parameters())
-    return 6 * model.positions * (spatial + 2 / math.pi * model.depth * depth)
+    return 6 * model.positions * (spatial + hidden * model.depth * depth)
 
 
 @torch.no_grad()
-def validation_loss(transformer, codes, cond, seed, dtype):
+def validation_loss(transformer, random_mask, codes, cond, seed, dtype):
     """Mean cross-entropy in nats over hidden stacks of codes (B, N, D), under the masks of step 0."""
-    mask = drr.random_mask(training_noise(seed, 0, *codes.shape)[0]).to(codes.device)
+    mask = random_mask(training_noise(seed, 0, *codes.shape)[0]).to(codes.device)
     total = 0.0
     for part in zip(codes.split(128), mask.split(128), cond.split(128)):
         with autocast(codes.device, dtype):
@@ -47,13 +46,13 @@ def validation_loss(transformer, codes, cond, seed, dtype):
     return total / mask.sum().item()
 
 
-def save_samples(transformer, vae, c, device, dtype, path):
+def save_samples(transformer, decode, vae, c, device, dtype, path):
     """Saves 16 samples as a picture: classes spread over all of them, the same seeds every time."""
     # TorchModel converts what it gets: a copy, that of the weights in no more than the decode's precision.
     weights = {id(p): torch.nn.Parameter(p.to(device, dtype), False) for p in transformer.parameters()}
     model = drr.TorchModel(copy.deepcopy(vae), copy.deepcopy(transformer, weights), device, dtype)
     cond = torch.linspace(0, max(0, model.null - 1), 16, device=device).long()[:, None]
-    codes = drr.sample(model, cond, 0, range(16), c)                               # (16, N, D)
+    codes = drr.sample(model, cond, 0, range(16), c, decode=decode)                # (16, N, D)
     save_picture(grid(to_pixels(model.decode(codes)), 4, max(1, 128 // vae.size)), path)
 
 
@@ -62,7 +61,7 @@ def build(c, conditions, vae, weights, device):
     """The transformer with these weights (a path) or random ones, its moving average, its optimizer, and what
     gives rank 0 the whole average, sharded or not; all ranks call that together."""
     codebook = vae.quantizer.codebook.cpu()
-    transformer = drr.ContextualRQTransformer(c, conditions, vae.side ** 2, vae.quantizer.depth, codebook)
+    transformer = models.build(c, conditions, vae.side ** 2, vae.quantizer.depth, codebook)
     transformer.recompute = c.recompute
     for block in (*transformer.spatial, *transformer.depthwise):
         block.dropout.p = c.dropout
@@ -163,6 +162,7 @@ def main():
     args = parser.parse_intermixed_args()
     config = load_config(args.preset, args.overrides, ("data", "transformer", "sample"))
     c = config.transformer
+    kind = models.kind(c)
     out = Path(args.out or f"runs/{args.preset}")
     device, dtype = runs.join_ranks(args)
     exact = dtype if args.precision == "bf16" else torch.float32       # of codes: as in stage 1
@@ -171,6 +171,9 @@ def main():
         raise UserError("There is no text data yet; use transformer.cond=class or transformer.cond=none.")
     if c.muon_lr and c.shard:
         raise UserError("Muon needs whole matrices; leave transformer.muon_lr or transformer.shard out.")
+    if c.cond_dropout and not kind.null:
+        raise UserError(f"transformer.cond_dropout teaches a null class, which {c.kind} transformers do not "
+                        "have; set transformer.cond_dropout=0.")
     rows, count = runs.micro_batches("transformer", c)
     states = runs.States(out, "transformer", args, c.keep)
     beside = out / "vae.safetensors"
@@ -194,7 +197,7 @@ def main():
     forward = runs.parallel(torch.compile(transformer) if c.compile else transformer, device, c.shard)
 
     # --- loop -----------------------------------------------------------------------------------------------
-    operations = step_operations(transformer)
+    operations = step_operations(transformer, kind.hidden)
     log = runs.Log(out, "transformer", transformer, c, start, count, operations, device, dtype)
     stop = runs.StopSignal()
     drawn = batches(views, cache, start, c.steps)
@@ -202,7 +205,7 @@ def main():
         rate = runs.learning_rate(step, c)
         mask_noise, drop_noise, code_noise = training_noise(config.data.seed, step, c.batch_size, N, D)
         inputs, labels = next(drawn)
-        mask = drr.random_mask(mask_noise)   # (B, N), m of the whole batch
+        mask = kind.random_mask(mask_noise)  # (B, N), m of the whole batch
         kept = drop_noise[rows, None] >= c.cond_dropout
         cond = (labels[:, None] * (c.cond == "class")).where(kept, transformer.null)       # (B', 1)
         torch.manual_seed(int(np.random.default_rng([config.data.seed, step, 3, rank]).integers(2 ** 63)))
@@ -229,8 +232,8 @@ def main():
             if look and rank == 0:
                 result.to(device)
                 if val:
-                    val_loss = validation_loss(result, *val, config.data.seed, dtype)
-                save_samples(result, vae, how, device, dtype, out / f"samples_{done:06d}.png")
+                    val_loss = validation_loss(result, kind.random_mask, *val, config.data.seed, dtype)
+                save_samples(result, kind.decode, vae, how, device, dtype, out / f"samples_{done:06d}.png")
                 result.to("cpu" if c.shard else device)
             loss, norm = by_depth["loss"].double().mean().item(), terms["grad_norm"].item()
             log.write(done, by_depth, loss=loss, grad_norm=norm, lr=rate, val_loss=val_loss)

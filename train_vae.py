@@ -13,7 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import drr
 from drr import UserError
 from support import data, runs
-from support.common import autocast, grid, load_config, run, save_picture, to_float, to_pixels
+from support.common import (autocast, grid, load_config, reconstructions, run, save_picture, to_float,
+                            to_pixels)
 from support.losses import (Discriminator, HingeLoss, adaptive_weight, feature_matching,
                             perceptual_distance)
 
@@ -67,7 +68,7 @@ def objective(c, vae, disc, distance, dtype, x, recon, commitment, beta, share):
 def look_at(vae, images, path):
     """Saves eight images (B, 3, S, S) with their decodes from depths 1 .. D as a picture; returns the peak
     signal-to-noise ratio of all reconstructions in dB, the mean over the images."""
-    pixels = to_pixels(drr.reconstructions(vae, images[:8]))
+    pixels = to_pixels(reconstructions(vae, images[:8]))
     save_picture(grid(pixels, 1 + vae.quantizer.depth, max(1, 64 // vae.size)), path)
     errors = [(vae.decode(vae.encode(x)).clamp(-1, 1) - x) / 2 for x in images.split(64)]
     return -10 * torch.cat([e.square().mean((1, 2, 3)) for e in errors]).log10().mean().item()

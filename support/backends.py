@@ -115,6 +115,18 @@ class ExportedModel:
         return self.parts["spatial"](*self.padded("spatial", codes, mask, cond, positions))[0][:B, :n]
 
     @torch.inference_mode()
+    def context_step(self, stack, cond, t, cache):           # of kinds that draw one stack after the other
+        rows = len(stack)
+        stack, cond = self.padded("spatial", stack, cond)
+        if t == 0:
+            _, shape, dtype = self.parts["spatial"].part["inputs"][-1]
+            shape = [len(stack) if n == "rows" else n for n in shape]
+            cache = torch.zeros(shape, dtype=getattr(torch, dtype), device=stack.device)
+        position = torch.tensor([t], device=stack.device)
+        h, cache[..., t, :] = self.parts["spatial"](stack, cond, position, cache)
+        return h[:rows].clone(), cache
+
+    @torch.inference_mode()
     def depth_step(self, h, stacks, d, cache):
         P = len(h)
         h, stacks = self.padded("depth", h, stacks)

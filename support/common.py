@@ -19,6 +19,7 @@ from PIL import Image, PngImagePlugin, UnidentifiedImageError
 from torch.utils.benchmark import Timer
 
 from drr import UserError, ranks, replacing
+from support import models
 
 HERE = Path(__file__).resolve().parent.parent
 BUNDLED = HERE / "checkpoints" / "tiny-imagenet-32"
@@ -44,6 +45,7 @@ ALLOWED = {key: allowed for allowed, keys in {
     "one of lpips, efficientnet": "perceptual",
     "one of patchgan, spectral": "disc",
     "one of class, none, text": "cond",
+    "one of contextual, autoregressive": "kind",
 }.items() for key in keys.split()}
 
 
@@ -90,8 +92,10 @@ def sampling_values(info, overrides, positions):
     """The section `sample` of a checkpoint's `info` (or a configuration), with `key=value` overrides on top.
 
     A key that an older checkpoint lacks has config.yaml's value. Without classes nothing can be guided: both
-    guidances are 1. Raises UserError for an unknown key, one given twice, and a value that is not allowed.
+    guidances are 1. Raises UserError for an unknown key, one given twice, and a value that is not allowed, or
+    not for this kind of transformer, which may also take top_k and top_p as lists, one value for each depth.
     """
+    kind = models.kind(info.transformer)
     base = yaml.safe_load((HERE / "config.yaml").read_text())["base"]["sample"]
     given = {}
     for text in overrides:
@@ -102,8 +106,18 @@ def sampling_values(info, overrides, positions):
         if key in given:
             raise UserError(f"{key} is given twice, as {key}=value or by its flag; give it once.")
         given[key] = parse_value(text, value)
-    values = {**base, **vars(info.sample), **given}
-    values = {key: check_value(key, values[key], base[key]) for key in base}
+    values, found = {}, {**base, **vars(info.sample), **given}
+    for key, like in base.items():
+        by_depth = kind.by_depth and key in ("top_k", "top_p") and isinstance(found[key], list)
+        values[key] = check_value(key, found[key], [like] if by_depth else like)
+        if by_depth and len(values[key]) != info.vae.depth:
+            raise UserError(f"{key} has {len(values[key])} values; expected one for all depths, or one for "
+                            f"each of the {info.vae.depth}.")
+    for key, value in kind.fixed.items():
+        only = positions if value is None else value
+        if key in given and values[key] != only:
+            raise UserError(f"{key} is {values[key]}, but {kind.why}.")
+        values[key] = only
     for key in ("t_draft", "t_revise"):
         if key in given and values[key] > positions:
             raise UserError(f"{key} is {values[key]}; expected at most {positions}, the number of positions.")
@@ -188,6 +202,8 @@ def pick_classes(text, info):
     if not text:
         raise UserError("Which class? Give --class an index, a wnid or a name (for example 980), or `none`.")
     names = [name.strip() for name in text.split(",")]
+    if "none" in names and not models.kind(info.transformer).null:
+        raise UserError("This checkpoint has no null class; give --class an index, a wnid or a name.")
     return [None if name == "none" else find_class(name, info.classes, info.titles) for name in names]
 
 
@@ -418,6 +434,14 @@ def to_float(images, device):
 def to_pixels(images):
     """images (B, 3, S, S) in [-1, 1] -> uint8 (B, S, S, 3)."""
     return images.float().add(1).mul(127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
+
+
+@torch.no_grad()
+def reconstructions(vae, images):
+    """images (B, 3, S, S) -> (B * (1 + D), 3, S, S): each original, then its decodes from depths 1 .. D."""
+    _, partial_sums = vae.quantizer.quantize(vae.encode_latent(images))            # (B, N, D, n_z)
+    decodes = [vae.decode_latent(z_hat) for z_hat in partial_sums.unbind(-2)]
+    return torch.stack([images, *decodes], 1).flatten(0, 1)
 
 
 def grid(pixels, columns, scale=1):

@@ -1,10 +1,11 @@
 """Published weights of the RQ-VAE (kakaobrain/rq-vae-transformer) in this project's names."""
 from pathlib import Path
+from zipfile import is_zipfile
 
 import torch
 from safetensors.torch import load_file
 
-from drr import RQVAE, UserError, fill, save_vae
+from drr import RQVAE, UserError, explained, fill, save_vae
 from support.runs import refuse_replacing
 
 
@@ -18,27 +19,38 @@ def convert(args, config, path):
     print(f"wrote {path}")
 
 
+def read_state(path, kind):
+    """The state dict of a release, {name: tensor}, memory-mapped; kind: for error sentences. UserError if the
+    file is missing or damaged, or holds something else."""
+    try:
+        if Path(path).suffix == ".safetensors":
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
+    except FileNotFoundError:
+        raise UserError(f"The file {path} does not exist; give another path.") from None
+    except Exception as error:   # truncated, no torch file, or a pickle with code, which never runs
+        raise UserError(f"{path} is no {kind} release that can be read ({type(error).__name__}); copy it "
+                        "again or give another file.") from None
+    if isinstance(state, dict):
+        state = state.get("state_dict", state)  # .safetensors has no nested dictionaries, only prefixes
+    if not isinstance(state, dict) or not all(isinstance(k, str) for k in state):
+        raise UserError(f"{path} holds no state dict, so it is no {kind} release; give another file.")
+    if any(k.startswith("state_dict.") for k in state):
+        state = {k.removeprefix("state_dict."): v for k, v in state.items() if k.startswith("state_dict.")}
+    if not all(isinstance(v, torch.Tensor) for v in state.values()):
+        raise UserError(f"{path} holds other things than tensors, so it is no {kind} release; give another "
+                        "file.")
+    return state
+
+
 def load_official_rqvae(path, c):
     """The published RQ-VAE weights (kakaobrain/rq-vae-transformer; .pt or .safetensors) as an RQVAE, float32.
 
     c: the section `vae` with the release's sizes, `imagenet-256` for the ImageNet one. Only tensors are read
     from a .pt file (weights_only). Raises UserError for a file that is no such release, or of other sizes.
     """
-    try:
-        if Path(path).suffix == ".safetensors":
-            state = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"The file {path} does not exist.") from None
-    except Exception as error:   # truncated, no torch file, or a pickle with code, which never runs
-        raise UserError(f"{path} is no RQ-VAE release that can be read ({type(error).__name__}).") from None
-    if isinstance(state, dict):
-        state = state.get("state_dict", state)  # .safetensors has no nested dictionaries, only prefixes
-    if not isinstance(state, dict) or not all(isinstance(k, str) for k in state):
-        raise UserError(f"{path} holds no state dict; it is no RQ-VAE release.")
-    if any(k.startswith("state_dict.") for k in state):
-        state = {k.removeprefix("state_dict."): v for k, v in state.items() if k.startswith("state_dict.")}
+    state = read_state(path, "RQ-VAE")
     # The shared codebook is stored once per depth; its last row is padding, never a code.
     books = {k: state.pop(k) for k in list(state) if k.startswith("quantizer.codebooks.")}
     names = {"weight": "codebook", "cluster_size_ema": "cluster_size", "embed_ema": "embed_sum"}
@@ -50,6 +62,7 @@ def load_official_rqvae(path, c):
             tensor = books[key][:-1] if theirs == "weight" else books[key]
             if not torch.equal(tensor, state.setdefault(f"quantizer.{ours}", tensor)):
                 raise UserError(f"{path} has a codebook per depth; only a shared one is supported.")
-    vae = RQVAE(c)
+    with explained(path):
+        vae = RQVAE(c)
     fill(vae, state, path)
     return vae.requires_grad_(False).eval()

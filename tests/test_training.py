@@ -281,4 +281,4 @@ def test_a_step_has_three_times_the_operations_of_a_forward_pass():
     model = drr.ContextualRQTransformer(c.transformer, 4, 64, 4, vae.quantizer.codebook)
     block, classifier = 12 * 64 ** 2 + 13 * 64, 64 * 64 + 64
     expected = 6 * 64 * (2 * block + 2 / math.pi * 4 * (block + classifier))
-    assert train_transformer.step_operations(model) == pytest.approx(expected)
+    assert train_transformer.step_operations(model, 2 / math.pi) == pytest.approx(expected)

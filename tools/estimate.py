@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import drr
 from drr import UserError
-from support import runs
+from support import models, runs
 from support.common import (HERE, add_device_arguments, load_config, matrix_rate, pick_device, precision_name,
                             run)
 from support.losses import Discriminator
@@ -44,8 +44,7 @@ def modules(stage, config):
             return [vae] + [Discriminator(c.disc, c.disc_ch, c.disc_layers)] * bool(adversary), []
         c = config.transformer
         conditions = drr.conditions(c, range(CLASSES))
-        model = drr.ContextualRQTransformer(c, conditions, vae.side ** 2, config.vae.depth,
-                                            vae.quantizer.codebook)
+        model = models.build(c, conditions, vae.side ** 2, config.vae.depth, vae.quantizer.codebook)
         return [model], [vae]
 
 
@@ -157,7 +156,8 @@ def flops_per_image(stage, config):
         N = (v.resolution >> len(v.ch_mult) - 1) ** 2
         T = N + (c.text_length if c.cond == "text" else 1)
         d, D = c.d_model, v.depth
-        stacks = round(2 / math.pi * N + 0.5) * D              # the mean of ceil(cos(pi r / 2) N), times D
+        # With 2 / pi the mean of ceil(cos(pi r / 2) N), times D.
+        stacks = min(N, round(models.kind(c).hidden * N + 0.5)) * D
         blocks = c.n_spatial * T * (24 * d * d + 4 * T * d) + c.n_depth * stacks * (24 * d * d + 4 * D * d)
         total = 3 * (blocks + stacks * 2 * d * v.codebook_size + 2 * (N + stacks) * v.code_dim * d)
         if c.recompute:                                        # the blocks once more, but for fc2

@@ -34,7 +34,7 @@ from tqdm import tqdm
 import drr
 from drr import UserError, replacing
 from sample import check_writable
-from support import data, fast, runs
+from support import common, data, fast, models, runs
 from support.common import (BUNDLED, HERE, add_device_arguments, crop, from_rank_0, open_image, pick_classes,
                             precision_name, run, to_float, to_pixels)
 from support.losses import efficientnet_lite0
@@ -194,10 +194,15 @@ def plan_samples(args, checkpoint, c, names, device, dtype):
     if info.transformer.cond == "class" and transformer.null not in chosen:
         class_names = [info.classes[k] for k in labels]
     model = drr.TorchModel(vae, transformer, device, dtype)
+    kind = models.kind(info.transformer)
+    decode = strategies.decode if kind is models.CONTEXTUAL else kind.decode
+    if args.compile and kind is not models.CONTEXTUAL:
+        raise UserError("--compile is for the updates of Draft-and-Revise; leave it out here.")
     update = fast.compiled_update(model) if args.compile else drr.update
     values = " ".join(f"{key}={value}" for key, value in vars(c).items()) + " compiled" * args.compile
     # All that decides what is drawn, the code included: other code may draw other pictures.
-    code = "".join(inspect.getsource(part) for part in (drr, strategies, fast, to_pixels, draw_samples))
+    code = "".join(inspect.getsource(part) for part in (drr, inspect.getmodule(decode), fast, to_pixels,
+                                                            draw_samples))
     about = [drr.fingerprint(vae), drr.fingerprint(transformer), values, chosen, args.seed, str(dtype),
              device.type, torch.__version__, hashlib.sha256(code.encode()).hexdigest()]
     folder = Path(args.out or f"samples/{hashlib.sha256(json.dumps(about).encode()).hexdigest()[:12]}")
@@ -211,7 +216,7 @@ def plan_samples(args, checkpoint, c, names, device, dtype):
             yield torch.from_numpy(np.load(path)[:args.number - i * c.batch_size]).permute(0, 3, 1, 2)
 
     def draw():
-        draw_samples(model, chosen, parts, args.seed, c, device, update)
+        draw_samples(model, chosen, parts, args.seed, c, device, update, decode)
         if drr.ranks()[0] == 0:
             print(f"the pictures are in {folder}", file=sys.stderr)
             if args.npz:                                     # for "Diffusion models beat GANs"' evaluator
@@ -222,7 +227,7 @@ def plan_samples(args, checkpoint, c, names, device, dtype):
     return draw
 
 
-def draw_samples(model, classes, parts, seed, c, device, update):
+def draw_samples(model, classes, parts, seed, c, device, update, decode):
     """Draws pictures 0, 1, ... of a seed into the files `parts`, each uint8 (B, S, S, 3), shared among the
     ranks. Those that exist stay: an interrupted run goes on, and a larger number adds to a smaller one."""
     rank, world = drr.ranks()
@@ -230,7 +235,7 @@ def draw_samples(model, classes, parts, seed, c, device, update):
     for number in tqdm(missing[rank::world], "sampling", unit=f" x {c.batch_size} images", disable=rank > 0):
         indices = range(number * c.batch_size, (number + 1) * c.batch_size)      # the last part is full, too
         labels = torch.tensor([classes[i % len(classes)] for i in indices], device=device)
-        codes = strategies.sample(model, labels[:, None], seed, indices, c, update=update)   # (B, N, D)
+        codes = drr.sample(model, labels[:, None], seed, indices, c, update=update, decode=decode)
         with replacing(parts[number]) as temporary, open(temporary, "wb") as f:
             np.save(f, to_pixels(model.decode(codes)))
     if world > 1:
@@ -482,8 +487,9 @@ def main():
         samples = in_array(path, read_npz(path)) if Path(path).suffix == ".npz" else in_folder(path)
         size = samples.size
     else:
-        checkpoint = vae, transformer, info = drr.load_checkpoint(args.checkpoint)
-        c = strategies.sampling_values(info, args.overrides, transformer.positions)
+        checkpoint = vae, transformer, info = models.load_checkpoint(args.checkpoint)
+        checked = strategies if models.kind(info.transformer) is models.CONTEXTUAL else common
+        c = checked.sampling_values(info, args.overrides, transformer.positions)
         size = vae.size
     reference = draw = None
     if rank == 0:                                            # the others only draw

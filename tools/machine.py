@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 import drr
 from drr import UserError
+from support import models
 from support.common import load_config
 from tools import strategies
 
@@ -50,8 +51,8 @@ def random_checkpoint(preset):
         torch.manual_seed(0)
         vae = drr.RQVAE(config.vae)
         conditions = drr.conditions(config.transformer, classes)
-        transformer = drr.ContextualRQTransformer(config.transformer, conditions, vae.side ** 2,
-                                                  vae.quantizer.depth, vae.quantizer.codebook)
+        transformer = models.build(config.transformer, conditions, vae.side ** 2, vae.quantizer.depth,
+                                   vae.quantizer.codebook)
     info = SimpleNamespace(**vars(config), classes=classes, titles=classes)
     return vae.requires_grad_(False).eval(), transformer.requires_grad_(False).eval(), info
 

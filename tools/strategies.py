@@ -97,9 +97,7 @@ def decode(model, cond, noise, c, codes=None, region=None, update=drr.update):
 
 def sample(model, cond, seed, images, c, codes=None, region=None, update=drr.update):
     """Codes (B, N, D), as drr.sample."""
-    noise = drr.draw_noise(seed, images, 1 + c.rounds, model.positions, model.depth)
-    *_, last = decode(model, cond, noise, c, codes, region, update)
-    return last.codes
+    return drr.sample(model, cond, seed, images, c, codes, region, update, decode)
 
 
 def sobol_order(order):
