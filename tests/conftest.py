@@ -21,7 +21,7 @@ sys.dont_write_bytecode = True
 import drr  # after the path to it
 import processes
 from processes import PHOTOS, STAGES
-from support import common
+from support import common, models
 
 
 def pytest_configure(config):
@@ -70,12 +70,12 @@ def tiny_transformer(positions=16, depth=4, classes=5, codebook_size=24, code_di
     return model.requires_grad_(False).eval()
 
 
-def random_checkpoint(folder, classes, titles):
+def random_checkpoint(folder, classes, titles, *overrides):
     """Random weights of the preset `smoke`."""
-    config = common.load_config("smoke")
+    config = common.load_config("smoke", overrides)
     torch.manual_seed(0)
     vae = drr.RQVAE(config.vae)
-    transformer = drr.ContextualRQTransformer(config.transformer, len(classes), 64, 4, vae.quantizer.codebook)
+    transformer = models.build(config.transformer, len(classes), 64, 4, vae.quantizer.codebook)
     drr.save_vae(folder / "vae.safetensors", vae, config)
     drr.save_transformer(folder / "transformer.safetensors", transformer, config, classes, titles, vae)
 

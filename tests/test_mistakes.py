@@ -306,6 +306,7 @@ MISTAKES = [
     (STUDY, "from 1 to 10", ["PHOTOS --tables 1,11"]),
     (STUDY, "at least 4", ["PHOTOS --features net.pt2"]),
     (STUDY, "val/<class>", ["empty --infill"]),
+    (STUDY, "--infill", ["PHOTOS --against good"]),
 ]
 
 

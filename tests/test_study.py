@@ -10,6 +10,7 @@ from conftest import random_checkpoint, sample_section, tiny_transformer, torch_
 from processes import PHOTOS
 
 import drr
+from support import common
 from tools import study
 
 
@@ -97,6 +98,11 @@ def test_study_from_nothing_to_tables_and_on(run_study, tmp_path, monkeypatch):
 
 
 def test_infilling_counts_the_codes_that_come_back(run_study, tmp_path):
-    text = run_study("--infill", "--out", "study")
-    assert "| right half | Draft-and-Revise |" in text and "| random half | another image |" in text
+    classes = sorted(path.name for path in (PHOTOS / "train").iterdir())
+    random_checkpoint(tmp_path / "causal", classes, classes, "transformer.kind=autoregressive")
+    text = run_study("--infill", "--against", tmp_path / "causal", "--out", "study")
+    for filler in (tmp_path / "random", tmp_path / "causal", "another image"):
+        assert all(f"| {half} half | {filler} |" in text for half in ("right", "left", "top", "random"))
     assert (tmp_path / "study" / "infill.png").stat().st_size > 100
+    with pytest.raises(drr.UserError, match="same codes"):
+        run_study("--infill", "--against", common.BUNDLED)
