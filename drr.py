@@ -254,16 +254,18 @@ class Decoder(nn.Module):
         self.conv_in = nn.Conv2d(c.z_channels, widths[-1], 3, padding=1)
         self.mid = middle(widths[-1])
         self.up = nn.ModuleList()
+        # DEVIATION: vae.upscale draws larger, as Muse does; bilinear then, since equal pixels end in a weave.
+        mode = "nearest" if c.upscale == 1 else "bilinear"
         for i, (width, before) in enumerate(zip(widths, widths[1:] + widths[-1:])):  # up[i] works at S / 2^i
             attend = c.resolution >> i in c.attn_resolutions
             resample = None
             if i > 0:                              # H -> 2 H
-                resample = named(up=nn.Upsample(scale_factor=2.0), conv=nn.Conv2d(width, width, 3, padding=1))
+                resample = named(up=nn.Upsample(scale_factor=2.0, mode=mode),
+                                 conv=nn.Conv2d(width, width, 3, padding=1))
             self.up.append(Level([before] + [width] * (c.num_res_blocks + 1), attend, upsample=resample))
-        # DEVIATION: vae.upscale draws larger, as Muse does; bilinear: equal pixels end in a weave.
         w = widths[0]
         self.enlarge = nn.Sequential(*(
-            named(up=nn.Upsample(scale_factor=2.0, mode="bilinear"), conv=nn.Conv2d(w, w, 3, padding=1),
+            named(up=nn.Upsample(scale_factor=2.0, mode=mode), conv=nn.Conv2d(w, w, 3, padding=1),
                   block_1=ResBlock(w, w), block_2=ResBlock(w, w)) for _ in range(c.upscale.bit_length() - 1)))
         self.norm_out = group_norm(widths[0])
         self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)

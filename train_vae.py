@@ -105,8 +105,15 @@ def build(c, weights, frozen, device):
     """{name: module or optimizer or None}: all that learns, with these weights (a path) or random ones."""
     vae = drr.RQVAE(c).to(device)
     if weights:
-        new = {k: v for k, v in vae.state_dict().items() if frozen and k.startswith("decoder.enlarge.")}
-        drr.fill(vae, new | drr.read_model(weights)[0], weights)           # FILE may have no such level yet
+        new = {}
+        if frozen:                           # FILE may lack the levels that enlarge: they interpolate at first
+            for level in vae.decoder.enlarge:
+                torch.nn.init.dirac_(level.conv.weight)
+                for silent in (level.conv.bias, *level.block_1.conv2.parameters(),
+                               *level.block_2.conv2.parameters()):
+                    torch.nn.init.zeros_(silent)
+            new = {k: v for k, v in vae.state_dict().items() if k.startswith("decoder.enlarge.")}
+        drr.fill(vae, new | drr.read_model(weights)[0], weights)
     vae.encoder.requires_grad_(not frozen)
     vae.quant_conv.requires_grad_(not frozen)
     # DEVIATION: the result has an averaged decoder, without the noise of an adversary's last steps.
