@@ -12,6 +12,7 @@
 
 Dynamic are B pictures or P stacks, the rows of a graph, and n positions per picture; `depth` is called D
 times. The loop and every random number stay in Python (drr.py): a seed's picture is the same on all backends.
+Another kind of transformer than the paper's (support/models.py) may bring a `spatial` or `depth` of its own.
 """
 import contextlib
 import copy
