@@ -194,6 +194,9 @@ def main():
     model, info, device = load_model(args, device, dtype)
     classes = pick_classes(args.classes, info)
     c = sampling_values(info, args.flags + args.overrides, model.positions)
+    decode = models.kind(info.transformer).decode
+    if args.compile and decode is not drr.draft_and_revise:
+        raise UserError("--compile is for the updates of Draft-and-Revise; leave it out here.")
     if set(classes) == {None}:                               # null against null: guidance changes nothing
         c.draft_guidance = c.revise_guidance = 1.0
     if args.backend != "torch":                              # the largest power of two that the graphs take
@@ -214,11 +217,8 @@ def main():
         c.t_draft = min(c.t_draft, int(region.sum()))
         c.t_revise = min(c.t_revise, int(region.sum()))
     out, single = output_paths(args, num)
-    decode = models.kind(info.transformer).decode
     update = drr.update
     if args.compile:
-        if decode is not drr.draft_and_revise:
-            raise UserError("--compile is for the updates of Draft-and-Revise; leave it out here.")
         from support import fast
         update = fast.compiled_update(model)
 

@@ -21,7 +21,7 @@ from torch import nn
 import drr
 from drr import UserError
 from support import models, official
-from support.common import BUNDLED, load_config, run
+from support.common import BUNDLED, load_config, run, sampling_values
 from support.runs import refuse_replacing
 
 
@@ -152,10 +152,10 @@ def load_official(folder):
     vae = official.load_official_rqvae(model_file(folder, "stage1"), vae_section)
     path = model_file(folder, "stage2")
     state = official.read_state(path, "RQ-Transformer")
-    with torch.device("meta"):                       # without memory: the file's tensors take their place
-        transformer = RQTransformer(transformer_section, conditions, vae.side ** 2, vae.quantizer.depth,
-                                    vae.quantizer.codebook)
     with drr.explained(path):
+        with torch.device("meta"):                   # without memory: the file's tensors take their place
+            transformer = RQTransformer(transformer_section, conditions, vae.side ** 2, vae.quantizer.depth,
+                                        vae.quantizer.codebook)
         tensors = renamed(state, vae.quantizer.depth)
     drr.fill(transformer, tensors, path, assign=True)
     return vae, transformer.requires_grad_(False).eval()
@@ -205,6 +205,7 @@ def read_sections(folder):
             if arch["type"] != kind:
                 raise UserError(f"{path} is of a model {arch['type']!r}; expected {kind!r}.")
             found.append((vae_section if kind == "rq-vae" else transformer_section)(arch, base))
+            sampling = dict(document.get("sampling") or {})
         except FileNotFoundError:
             raise UserError(f"{path} does not exist; give the folder of a release, with stage1/ and stage2/, "
                             "in each of them config.yaml and model.pt.") from None
@@ -216,7 +217,7 @@ def read_sections(folder):
         raise UserError(f"{folder}: stage2 is for codes {needed[0]} of a codebook {needed[1:]}, stage1 has "
                         f"{code_shape} and {(vae.codebook_size, vae.code_dim)}; keep the two stages of one "
                         "release together.")
-    return vae, transformer, conditions, document.get("sampling") or {}
+    return vae, transformer, conditions, sampling
 
 
 def vae_section(arch, base):
@@ -233,6 +234,11 @@ def transformer_section(arch, base):
     d, conditions, length = arch["embed_dim"], arch["vocab_size_cond"], arch["block_size_cond"]
     cond = "text" if length > 1 else "class" if conditions > 1 else "none"
     heads = arch["body"]["block"]["n_head"]
+    if arch["head"]["block"]["n_head"] != heads:
+        raise ValueError("head.block.n_head is not body.block.n_head")
+    for key in ("input_emb_vqvae", "head_emb_vqvae", "cumsum_depth_ctx", "shared_cls_emb"):
+        if not arch.get(key, True):
+            raise ValueError(f"{key} is false")
     section = {**vars(base.transformer), "kind": "autoregressive", "n_spatial": arch["body"]["n_layer"],
                "n_depth": arch["head"]["n_layer"], "d_model": d, "head_dim": d // heads, "cond": cond,
                "cond_dropout": 0.0, "text_length": length, "text_vocab": conditions}
@@ -254,6 +260,7 @@ def main():
     vae, transformer = load_official(args.folder)
     names = {"temp": "draft_temperature", "top_k": "top_k", "top_p": "top_p"}
     vars(config.sample).update({names[key]: sampling[key] for key in names if sampling.get(key)})
+    config.sample = sampling_values(config, [], transformer.positions)
     classes = titles = [""]
     if config.transformer.cond == "class":
         classes = titles = [str(i) for i in range(conditions)]

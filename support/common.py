@@ -106,15 +106,13 @@ def sampling_values(info, overrides, positions):
         if key in given:
             raise UserError(f"{key} is given twice, as {key}=value or by its flag; give it once.")
         given[key] = parse_value(text, value)
-    values = {**base, **vars(info.sample), **given}
-    for key in base:
-        if kind.by_depth and key in ("top_k", "top_p") and isinstance(values[key], list):
-            values[key] = check_value(key, values[key], [base[key]])
-            if len(values[key]) != info.vae.depth:
-                raise UserError(f"{key} has {len(values[key])} values; expected one for each of the "
-                                f"{info.vae.depth} depths.")
-        else:
-            values[key] = check_value(key, values[key], base[key])
+    values, found = {}, {**base, **vars(info.sample), **given}
+    for key, like in base.items():
+        by_depth = kind.by_depth and key in ("top_k", "top_p") and isinstance(found[key], list)
+        values[key] = check_value(key, found[key], [like] if by_depth else like)
+        if by_depth and len(values[key]) != info.vae.depth:
+            raise UserError(f"{key} has {len(values[key])} values; expected one for all depths, or one for "
+                            f"each of the {info.vae.depth}.")
     for key, value in kind.fixed.items():
         only = positions if value is None else value
         if key in given and values[key] != only:

@@ -5,7 +5,7 @@ from zipfile import is_zipfile
 import torch
 from safetensors.torch import load_file
 
-from drr import RQVAE, UserError, fill, save_vae
+from drr import RQVAE, UserError, explained, fill, save_vae
 from support.runs import refuse_replacing
 
 
@@ -60,6 +60,7 @@ def load_official_rqvae(path, c):
             tensor = books[key][:-1] if theirs == "weight" else books[key]
             if not torch.equal(tensor, state.setdefault(f"quantizer.{ours}", tensor)):
                 raise UserError(f"{path} has a codebook per depth; only a shared one is supported.")
-    vae = RQVAE(c)
+    with explained(path):
+        vae = RQVAE(c)
     fill(vae, state, path)
     return vae.requires_grad_(False).eval()

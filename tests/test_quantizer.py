@@ -12,6 +12,7 @@ from conftest import TESTS, random_codes, sample_section, transformer_section, v
 from safetensors.torch import load_file
 
 import drr
+from support.common import reconstructions
 from support.official import load_official_rqvae
 from support.runs import codebook_health
 
@@ -47,7 +48,7 @@ def test_official_latents_and_codes(vae, official):
 def test_official_images_from_every_depth(vae, official):
     codes = raster(official["io.codes"])
     torch.testing.assert_close(vae.decode(codes), official["io.recon"], atol=1e-4, rtol=0)
-    shown = reconstructions(vae, official["io.images"]).unflatten(0, (4, 5))     # original, depths 1 .. 4
+    shown = reconstructions(vae, official["io.images"]).unflatten(0, (4, 5))         # original, depths 1 .. 4
     assert torch.equal(shown[:, 0], official["io.images"])
     torch.testing.assert_close(shown[:, 1:].transpose(0, 1), official["io.partial_add"], atol=1e-4, rtol=0)
 
