@@ -8,7 +8,7 @@ import torch
 from conftest import TESTS, sample_section, tiny_transformer, torch_model
 
 import drr
-from support import common
+from support import common, models
 from tools import study
 
 CLASSES = ["n02814860", "n09332890", "n09472597", "n11939491"]                         # those of feature_net
@@ -118,9 +118,15 @@ def test_study_from_nothing_to_tables_and_on(call, tmp_path, monkeypatch):
         call(*command)
 
 
-def test_infilling_counts_the_codes_that_come_back(call, tmp_path):
-    text = call("--infill", "--out", "study")
-    assert "| right half | Draft-and-Revise |" in text and "| random half | another image |" in text
+def test_infilling_counts_the_codes_that_come_back(call, folder, tmp_path):
+    vae, config = drr.load_vae(folder / "checkpoint" / "vae.safetensors")
+    config = common.load_config("smoke", ["transformer.kind=autoregressive"])
+    causal = models.build(config.transformer, 4, 64, 4, vae.quantizer.codebook)
+    drr.save_transformer(tmp_path / "causal" / "transformer.safetensors", causal, config, CLASSES, CLASSES, vae)
+    shutil.copy(folder / "checkpoint" / "vae.safetensors", tmp_path / "causal")
+    text = call("--infill", "--against", "causal", "--out", "study")
+    assert f"| right half | {folder / 'checkpoint'} |" in text and "| left half | causal |" in text
+    assert "| random half | another image |" in text
     assert (tmp_path / "study" / "infill.png").stat().st_size > 100
 
 
@@ -130,7 +136,9 @@ def test_infilling_counts_the_codes_that_come_back(call, tmp_path):
     (["--tables", "1,11"], "from 1 to 10"),
     (["--features", "inceptoin"], "inceptoin"),
     (["--data", TESTS / "photos"], "at least 4"),
-    (["--data", TESTS, "--infill"], "val/<class>")])
+    (["--data", TESTS, "--infill"], "val/<class>"),
+    (["--infill", "--against", common.BUNDLED], "same codes"),
+    (["--against", common.BUNDLED], "--infill")])
 def test_mistakes_are_one_sentence(call, arguments, word):
     with pytest.raises(drr.UserError, match=word) as error:
         call(*arguments)

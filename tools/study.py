@@ -3,7 +3,8 @@
 
     python -m tools.study --data DIR                   # draws what is missing; tables and a plot
     python -m tools.study --data DIR --tables 6,7      # of these tables only
-    python -m tools.study --data DIR --infill          # instead: in-filling of hidden halves
+    python -m tools.study --data DIR --infill          # instead: in-filling of hidden halves ...
+    python -m tools.study --data DIR --infill --against RUN        # ... also by a second transformer
 
 Every row is one way of decoding, with the paper's values where it does not say otherwise. All draw the same
 images from the same random numbers, the classes of DIR/val in turn. What the feature network sees is kept
@@ -24,9 +25,9 @@ from tqdm import tqdm
 
 import drr
 from drr import UserError, replacing
-from support import data
+from support import data, models
 from support.common import (BUNDLED, add_device_arguments, grid, load_config, pick_device, precision_name,
-                            run, save_picture, to_float, to_pixels)
+                            run, sampling_values, save_picture, to_float, to_pixels)
 from tools import evaluate, machine, strategies
 
 # === The tables =============================================================================================
@@ -235,15 +236,19 @@ def plot(path, metrics, gflop, held):
 
 
 # === In-filling: half of the stacks of validation images ====================================================
-def infill(model, images, labels, c, device, batch=50):
-    """How many hidden codes of validation images are found, with the right half or a random half of the
-    stacks hidden.
+def infill(fillers, images, labels, device, batch=50):
+    """How many hidden codes of validation images are found, with a half of the stacks hidden: the right, the
+    left, the upper, or a random one.
 
-    images uint8 (M, 3, S, S), labels (M,). Returns a markdown table, a column for each depth, and pictures
-    (4, 10, 3, S, S): the original, masked, filled with the mean colour, filled by the model.
+    fillers {name: (model, how its codes are drawn)} of one RQ-VAE; images uint8 (M, 3, S, S), labels (M,).
+    Returns a markdown table, a column for each depth, and pictures (3 + fillers, 16, 3, S, S): the original,
+    masked, filled with the mean colour, filled by each of them.
     """
+    model = next(iter(fillers.values()))[0]
     N, D, side = model.positions, model.depth, model.side
     regions = {"right half": torch.arange(N) % side >= side // 2,
+               "left half": torch.arange(N) % side < side // 2,
+               "top half": torch.arange(N) < N // 2,
                "random half": torch.from_numpy(np.random.default_rng(0).permutation(N)) < N // 2}
     depths = " | ".join(f"depth {d + 1}" for d in range(D))
     lines = [f"| hidden | codes from | {depths} | all of a stack | PSNR there |", "|---" * (4 + D) + "|"]
@@ -258,9 +263,10 @@ def infill(model, images, labels, c, device, batch=50):
             cond = labels[first:first + len(x), None].to(device)
             codes = model.encode(x)                                                 # (B, N, D)
             mean = (x * ~pixel).sum((2, 3), keepdim=True) / (~pixel).sum()
-            drawn = strategies.sample(model, cond, 0, range(first, first + len(x)), c, codes, region)
-            ways = {"Draft-and-Revise": drawn, "the mean colour": model.encode(torch.where(pixel, mean, x)),
-                    "another image": codes.roll(len(x) // 2, 0)}
+            drawn = {name: draw(other, cond, 0, range(first, first + len(x)), codes=codes, region=region)
+                     for name, (other, draw) in fillers.items()}
+            ways = drawn | {"the mean colour": model.encode(torch.where(pixel, mean, x)),
+                            "another image": codes.roll(len(x) // 2, 0)}
             original = model.decode(codes)
             for way, filled in ways.items():
                 same = (filled == codes)[:, region]                                 # (B, n, D)
@@ -269,8 +275,9 @@ def infill(model, images, labels, c, device, batch=50):
                 difference = model.decode(torch.where(region[:, None], filled, codes)) - original
                 errors[way] = errors.get(way, 0) + (difference.clamp(-2, 2).square() * pixel).sum().item()
             if first == 0:
-                rows = x, torch.where(pixel, 0, x), torch.where(pixel, mean, x), model.decode(drawn)
-                pictures.append(torch.stack([row[:5] for row in rows]))
+                rows = [x, torch.where(pixel, 0, x), torch.where(pixel, mean, x)]
+                rows += [model.decode(filled[:4]) for filled in drawn.values()]
+                pictures.append(torch.stack([row[:4] for row in rows]))
         total = len(images) * int(region.sum())
         for way in ways:
             mse = max(errors[way], 1e-12) / (len(images) * 3 * int(pixel.sum()))
@@ -281,13 +288,23 @@ def infill(model, images, labels, c, device, batch=50):
     return "\n".join(lines) + "\n", torch.cat(pictures, 1)
 
 
-def infill_to(out, model, directory, info, device):
-    """`infill` of up to 400 images of DIR/val, T_draft 16: prints the table, writes OUT/infill.png."""
+def infill_to(out, checkpoints, directory, device, dtype):
+    """`infill` of up to 400 images of DIR/val, T_draft 16: prints the table, writes OUT/infill.png.
+    checkpoints: [(folder, what models.load_checkpoint returns)]."""
+    fillers = {}
+    for folder, (vae, transformer, info) in checkpoints:
+        if drr.code_fingerprint(vae) != drr.code_fingerprint(checkpoints[0][1][0]):
+            raise UserError(f"{folder} has another RQ-VAE than {checkpoints[0][0]}; only transformers of the "
+                            "same codes can be compared.")
+        kind = models.kind(info.transformer)
+        draft = [] if "t_draft" in kind.fixed else ["t_draft=16"]
+        c = sampling_values(info, draft, transformer.positions)
+        model = drr.TorchModel(vae, transformer, device, dtype)
+        fillers[str(folder)] = model, functools.partial(drr.sample, c=c, decode=kind.decode)
     images, labels = data.validation_images(directory, model.size, 400, info.classes)
     if images is None:
         raise UserError(f"{directory} has no val/<class>/*; give a folder that has.")
-    c = strategies.sampling_values(info, ["t_draft=16"], model.positions)
-    lines, pictures = infill(model, images, labels, c, device)
+    lines, pictures = infill(fillers, images, labels, device)
     pixels = to_pixels(pictures.flatten(0, 1))
     save_picture(grid(pixels, pictures.shape[1], max(1, 96 // model.size)), out / "infill.png")
     print(f"{lines}\n{len(images)} images of {directory}/val -> {out / 'infill.png'}")
@@ -308,11 +325,14 @@ def parse_arguments():
     add("--batch", type=int, default=40, help="images decoded at a time (40)")
     add("--tables", metavar="N,...", help="only these tables, by number")
     add("--infill", action="store_true", help="in-filling only")
+    add("--against", metavar="DIR", help="with --infill: a second transformer of the same codes, of any kind")
     add_device_arguments(parser)
     args = parser.parse_args()
     if min(args.seeds, args.batch) < 1 or args.images < 5:
         raise UserError(f"--seeds is {args.seeds}, --batch {args.batch} and --images {args.images}; expected "
                         "at least 1, 1 and 5.")
+    if args.against and not args.infill:
+        raise UserError("--against goes with --infill; leave it out, or add --infill.")
     every = [str(number) for number in range(1, 1 + len(TABLES))]
     args.tables = args.tables.split(",") if args.tables else every
     if not set(args.tables) <= set(every):
@@ -325,11 +345,12 @@ def main():
     args = parse_arguments()
     device, dtype = pick_device(args)
     out = Path(args.out)
+    if args.infill:
+        folders = [args.checkpoint, args.against] if args.against else [args.checkpoint]
+        checkpoints = [(folder, models.load_checkpoint(folder)) for folder in folders]
+        return infill_to(out, checkpoints, args.data, device, dtype)
     vae, transformer, info = drr.load_checkpoint(args.checkpoint)
     model = drr.TorchModel(vae, transformer, device, dtype)
-    if args.infill:
-        infill_to(out, model, args.data, info, device)
-        return
     network = evaluate.load_features(args.features, device)
     reference = evaluate.in_folder(Path(args.data) / "val", vae.size)
     names = sorted(set(reference.labels or ()) & set(info.classes) & set(network.classes or ()))
