@@ -71,8 +71,8 @@ class MaskGIT(nn.Module):
     def __init__(self, c, conditions, positions, depth, codebook):
         super().__init__()
         if depth != 1 or c.cond != "class":
-            raise UserError("A maskgit transformer has classes and stacks of one code, and this RQ-VAE's depth "
-                            f"is {depth}, transformer.cond {c.cond}; train one with vae.depth=1, and classes.")
+            raise UserError("A maskgit transformer needs classes and stacks of one code, and this RQ-VAE has "
+                            f"depth {depth}, transformer.cond is {c.cond}; train stage 1 with vae.depth=1.")
         d, self.K = c.d_model, len(codebook)
         self.positions, self.depth, self.cond_length, self.null = positions, 1, 1, conditions
         self.heads, self.head_dim, self.recompute = d // c.head_dim, c.head_dim, False
@@ -99,7 +99,7 @@ class MaskGIT(nn.Module):
         c = F.silu(self.cond_embed(cond[:, 0]))                                    # (B, d_model)
         tokens = torch.where(mask, self.K, codes[..., 0])                          # (B, N)
         x = F.embedding(tokens, self.classifier.weight) + self.pos
-        x = torch.cat([x, self.register.expand(len(x), -1, -1)], 1)                # (B, N + 1, d_model)
+        x = torch.cat([x, self.register.expand(x.shape[0], -1, -1)], 1)                # (B, N + 1, d_model)
         for block in self.spatial:
             if self.recompute and self.training:
                 x = checkpoint(block, x, c, use_reentrant=False)
@@ -186,8 +186,8 @@ def load(transformer_path, vq_path, heads):
             "kind": "maskgit", "n_spatial": blocks, "d_model": d, "head_dim": d // heads, "cond": "class"})
     vae, base.vae = load_vq(vq_path, math.isqrt(positions), base.vae)
     if len(vae.quantizer.codebook) != len(tensors["classifier.weight"]) - 1:
-        raise UserError(f"{transformer_path} knows {len(tensors['classifier.weight']) - 1} codes, and "
-                        f"{vq_path} has {len(vae.quantizer.codebook)}; keep the files of one release together.")
+        raise UserError(f"{transformer_path} knows {len(tensors['classifier.weight']) - 1} codes, {vq_path} has "
+                        f"{len(vae.quantizer.codebook)}; keep the files of one release together.")
     with torch.device("meta"):                       # without memory: the file's tensors take their place
         transformer = MaskGIT(c, conditions, positions, 1, vae.quantizer.codebook)
     drr.fill(transformer, tensors, transformer_path, assign=True)
@@ -207,7 +207,7 @@ def transformer_tensors(state):
             tensor = torch.cat([state[name.replace("wq", part)] for part in ("wq", "wk", "wv")])
             name = name.replace(".attn.wq.", ".qkv.")
         if ".attn.wk." not in name and ".attn.wv." not in name:
-            result[name] = tensor.float()
+            result[name] = tensor.float().clone()    # files may let tensors share memory, ours may not
     return result
 
 
@@ -228,7 +228,7 @@ def load_vq(path, side, base):
             "z_channels": len(state["encoder.conv_out.weight"]), "codebook_size": len(book), "depth": 1})
         # Their decoder counts its levels from the smallest on.
         table = VQ | {f"decoder.conv_blocks.{i}.": f"decoder.up.{levels - 1 - i}." for i in range(levels)}
-        tensors = {rename(name, table): tensor.float() for name, tensor in state.items()}
+        tensors = {rename(name, table): tensor.float().clone() for name, tensor in state.items()}
         tensors |= {"quantizer.codebook": book, "quantizer.embed_sum": book.clone(),
                     "quantizer.cluster_size": torch.ones(len(book))}
         vae = drr.RQVAE(c)
@@ -244,8 +244,8 @@ def main():
     add("--out", metavar="DIR", required=True, help="the folder of the checkpoint")
     add("--heads", type=int, help="of attention, for a width that none of the published ones has")
     add("--half", action="store_true", help="store the transformer in float16")
-    add("--hub", metavar="REPO", help="download TRANSFORMER from this repository of the Hugging Face Hub, and "
-        "VQ from FoundationVision/LlamaGen (needs huggingface_hub)")
+    add("--hub", metavar="REPO", help="download TRANSFORMER from this repository of the Hugging Face Hub, "
+        "and VQ from FoundationVision/LlamaGen (needs huggingface_hub)")
     add("--force", action="store_true", help="replace a checkpoint that is there")
     args = parser.parse_args()
     vae_path, path = (Path(args.out) / f"{name}.safetensors" for name in ("vae", "transformer"))
