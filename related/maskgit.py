@@ -186,8 +186,8 @@ def load(transformer_path, vq_path, heads):
             "kind": "maskgit", "n_spatial": blocks, "d_model": d, "head_dim": d // heads, "cond": "class"})
     vae, base.vae = load_vq(vq_path, math.isqrt(positions), base.vae)
     if len(vae.quantizer.codebook) != len(tensors["classifier.weight"]) - 1:
-        raise UserError(f"{transformer_path} knows {len(tensors['classifier.weight']) - 1} codes, {vq_path} has "
-                        f"{len(vae.quantizer.codebook)}; keep the files of one release together.")
+        raise UserError(f"{transformer_path} knows {len(tensors['classifier.weight']) - 1} codes, {vq_path} "
+                        f"has {len(vae.quantizer.codebook)}; keep the files of one release together.")
     with torch.device("meta"):                       # without memory: the file's tensors take their place
         transformer = MaskGIT(c, conditions, positions, 1, vae.quantizer.codebook)
     drr.fill(transformer, tensors, transformer_path, assign=True)

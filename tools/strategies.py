@@ -45,7 +45,7 @@ def sampling_values(info, overrides, positions):
 def decode(model, cond, noise, c, codes=None, region=None, update=drr.update):
     """As drr.draft_and_revise: yields the State after every update. A key that `c` lacks is the paper's.
 
-    order           "sobol": the stacks of a set lie far apart (`sobol_order`); "halton": as in Halton-MaskGIT,
+    order           "sobol": stacks of a set lie far apart (`sobol_order`); "halton": as in Halton-MaskGIT,
                     one order for all images, in sets that grow as theirs do (`halton_partition`)
     draft_growing   few stacks in the first sets of the draft, many in the last (`growing_partition`)
     draft_ramp      the draft's guidance rises evenly, from none in the first update to draft_guidance
