@@ -176,11 +176,21 @@ def load(transformer_path, vq_path, heads):
     base = load_config("imagenet-821m")
     state = official.read_state(transformer_path, "Halton-MaskGIT", "model_state_dict")
     with drr.explained(transformer_path):
+        if any("in_proj.weight" in name for name in state):
+            raise UserError(f"{transformer_path} predicts 2 x 2 codes at a time (proj 2), which is not "
+                            "supported; give a published file, none of which does.")
         tensors = transformer_tensors({rename(name, TRANSFORMER): x for name, x in state.items()})
         d, blocks = tensors["pos"].shape[1], max(int(n.split(".")[1]) for n in tensors if "qkv" in n) + 1
         if heads is None and d not in HEADS:
             raise UserError(f"{transformer_path} has width {d}, which no published one has; give --heads.")
-        heads = heads or HEADS[d]
+        if heads is None:
+            heads = HEADS[d]
+        if not 1 <= heads <= d:
+            raise UserError(f"--heads is {heads}; expected a number from 1 to {d}, the transformer's width.")
+        inner = len(tensors["spatial.0.qkv.weight"]) // 3
+        if d // heads * heads != inner:
+            raise UserError(f"{transformer_path} has queries of width {inner}, which {heads} heads cannot "
+                            "share; give --heads the number that it was trained with.")
         conditions, positions = len(tensors["cond_embed.weight"]) - 1, len(tensors["pos"])
         c = SimpleNamespace(**vars(base.transformer) | {
             "kind": "maskgit", "n_spatial": blocks, "d_model": d, "head_dim": d // heads, "cond": "class"})
@@ -197,8 +207,6 @@ def load(transformer_path, vq_path, heads):
 
 def transformer_tensors(state):
     """Renamed tensors -> ours: the same, but for query, key and value, which are one matrix here."""
-    if "in_proj.weight" in state:
-        raise ValueError("2 x 2 tokens at a time (proj 2), which is not supported and no published file has")
     result = {}
     for name, tensor in state.items():
         if name == "head.weight":                    # tok_emb.weight once more
