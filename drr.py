@@ -720,7 +720,8 @@ def load_checkpoint(directory, build=ContextualRQTransformer, dtype=torch.float3
     vae_path, path = (Path(directory) / f"{name}.safetensors" for name in ("vae", "transformer"))
     vae, vae_section = load_vae(vae_path)
     tensors, meta = read_model(path, dtype)
-    if meta.get("vae") not in (code_fingerprint(vae), *former_fingerprints(vae_path, vae)):
+    known = meta.get("vae")
+    if known != code_fingerprint(vae) and known not in former_fingerprints(vae_path, vae):
         raise UserError(f"{path} was trained on the codes of another RQ-VAE than {vae_path}; "
                         "keep the two files of one training together.")
     with explained(path):
@@ -751,16 +752,16 @@ def read_model(path, dtype=torch.float32):
         for name in names:
             with safe_open(path, "pt") as f:                       # anew: a map ends with what is converted
                 tensor = f.get_tensor(name)
-            if not tensor.isfinite().all():
+            if not torch.stack(tensor.aminmax()).isfinite().all():
                 raise ValueError(f"{name} holds numbers that are not finite")
             tensors[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
         return tensors, meta
 
 
-def fill(module, tensors, path, assign=False):
+def fill(module, tensors, path, **options):
     """load_state_dict, strict. Raises UserError where the weights of the file `path` do not fit."""
     with explained(path):
-        module.load_state_dict(tensors, assign=assign)
+        module.load_state_dict(tensors, **options)
 
 
 @contextlib.contextmanager

@@ -140,9 +140,10 @@ def graph(t, kind):
 
 # === Published weights ======================================================================================
 NAMES = {"body_transformer.blocks.": "spatial.", "head_transformer.blocks.": "depthwise.",
-         ".attn.proj.": ".proj.", ".mlp.0.": ".fc1.", ".mlp.2.": ".fc2.", "input_mlp.": "w_in.",
-         "head_mlp.": "w_depth.", "pos_emb_hw": "pos", "pos_emb_d": "depth_pos", "pos_emb_cond": "cond_pos",
-         "cond_emb.": "cond_embed.", "classifier.layer_norm.": "ln.", "classifier.linear.": "classifier."}
+         ".attn.query.": ".qkv.", ".attn.proj.": ".proj.", ".mlp.0.": ".fc1.", ".mlp.2.": ".fc2.",
+         "input_mlp.": "w_in.", "head_mlp.": "w_depth.", "pos_emb_hw": "pos", "pos_emb_d": "depth_pos",
+         "pos_emb_cond": "cond_pos", "cond_emb.": "cond_embed.", "classifier.layer_norm.": "ln.",
+         "classifier.linear.": "classifier."}
 
 
 def load_official(folder):
@@ -156,9 +157,17 @@ def load_official(folder):
         with torch.device("meta"):                   # without memory: the file's tensors take their place
             transformer = RQTransformer(transformer_section, conditions, vae.side ** 2, vae.quantizer.depth,
                                         vae.quantizer.codebook)
+        qkv = {name: joined(state, name) for name in list(state) if ".attn.query." in name}
+        again = official.read_state(path, "RQ-Transformer")
+        state = qkv | {name: again[name] for name in state}        # what was read for qkv leaves the memory
         tensors = renamed(state, vae.quantizer.depth)
     drr.fill(transformer, tensors, path, assign=True)
     return vae, transformer.requires_grad_(False).eval()
+
+
+def joined(state, name):
+    """Takes a query's weight or bias, and its key's and value's, out of `state`: ours are one."""
+    return torch.cat([state.pop(name.replace("query", part)) for part in ("query", "key", "value")])
 
 
 def renamed(state, depth):
@@ -170,12 +179,8 @@ def renamed(state, depth):
         raise ValueError("a classifier for each depth; only one that all depths share is supported")
     result = {}
     for name, tensor in state.items():
-        # cond_classifier predicts text, for a loss that sampling does not need
-        if name.startswith("cond_classifier.") or ".attn.key." in name or ".attn.value." in name:
+        if name.startswith("cond_classifier."):      # predicts text, for a loss that sampling does not need
             continue
-        if ".attn.query." in name:                   # ours is one matrix for query, key and value
-            tensor = torch.cat([state[name.replace("query", part)] for part in ("query", "key", "value")])
-            name = name.replace(".attn.query.", ".qkv.")
         if name == "input_mlp.bias":                 # theirs is added to each of the D vectors of a stack
             tensor = tensor * depth
         if name.startswith("pos_emb"):
@@ -189,7 +194,8 @@ def renamed(state, depth):
 def model_file(folder, stage):
     """FOLDER/STAGE/model.pt, or model.safetensors where there is none."""
     path = Path(folder) / stage / "model.pt"
-    return path if path.exists() else path.with_suffix(".safetensors")
+    other = path.with_suffix(".safetensors")
+    return other if other.exists() and not path.exists() else path
 
 
 def read_sections(folder):

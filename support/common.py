@@ -116,7 +116,7 @@ def sampling_values(info, overrides, positions):
     for key, value in kind.fixed.items():
         only = positions if value is None else value
         if key in given and values[key] != only:
-            raise UserError(f"{key} cannot be set: {kind.why}.")
+            raise UserError(f"{key} is {values[key]}, but {kind.why}.")
         values[key] = only
     for key in ("t_draft", "t_revise"):
         if key in given and values[key] > positions:

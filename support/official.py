@@ -28,17 +28,19 @@ def read_state(path, kind, key="state_dict"):
         else:
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
     except FileNotFoundError:
-        raise UserError(f"The file {path} does not exist.") from None
+        raise UserError(f"The file {path} does not exist; give another path.") from None
     except Exception as error:   # truncated, no torch file, or a pickle with code, which never runs
-        raise UserError(f"{path} is no {kind} release that can be read ({type(error).__name__}).") from None
+        raise UserError(f"{path} is no {kind} release that can be read ({type(error).__name__}); copy it "
+                        "again or give another file.") from None
     if isinstance(state, dict):
         state = state.get(key, state)  # .safetensors has no nested dictionaries, only prefixes
     if not isinstance(state, dict) or not all(isinstance(k, str) for k in state):
-        raise UserError(f"{path} holds no state dict; it is no {kind} release.")
+        raise UserError(f"{path} holds no state dict, so it is no {kind} release; give another file.")
     if any(k.startswith(f"{key}.") for k in state):
         state = {k.removeprefix(f"{key}."): v for k, v in state.items() if k.startswith(f"{key}.")}
     if not all(isinstance(v, torch.Tensor) for v in state.values()):
-        raise UserError(f"{path} holds other things than tensors; it is no {kind} release.")
+        raise UserError(f"{path} holds other things than tensors, so it is no {kind} release; give another "
+                        "file.")
     return state
 
 

@@ -214,7 +214,8 @@ MISTAKES = [
     (VAE_DATA, "data.favour_class is", ["data.favour_class=class9", "data.favour=4"]),
     (VAE_DATA, "data, vae", ["transformer.lr=1"]),
     (GIVEN, "transformer.", [f"transformer.{value}" for value in (
-        "cond=image", "cond_dropout=2", "head_dim=0")]),
+        "cond=image", "cond_dropout=2", "head_dim=0", "kind=recurrent")]),
+    (GIVEN, "transformer.cond_dropout=0", ["transformer.kind=autoregressive"]),
     (GIVEN, "sample.", [f"sample.{value}" for value in (
         "t_draft=0", "t_revise=0", "t_drafts=9", "batch_size=0", "draft_temperature=0", "top_p=0",
         "rounds=2000")]),
@@ -261,6 +262,7 @@ MISTAKES = [
     ("tools.bench", "plain", ["--mode plain order=sobol"]),
     ("tools.bench", "--repeat", ["--repeat 0"]),
     ("tools.bench --preset", "imagnet", ["imagnet"]),
+    ("tools.bench --preset", "contextual", ["rq-imagenet-480m"]),
     ("tools.bench --preset", "exclude", ["smoke --train smoke"]),
     ("tools.estimate smoke", "--gpus", ["--gpus 0", "--gpus 1,x"]),
     ("tools.estimate smoke", "--mfu", ["--mfu 2"]),

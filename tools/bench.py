@@ -32,7 +32,7 @@ import export
 import train_transformer
 import train_vae
 from drr import UserError
-from support import backends, fast
+from support import backends, fast, models
 from support.common import (BUNDLED, PRECISIONS, add_device_arguments, bf16_pays, load_config, matrix_rate,
                             pick_device, precision_name, run, synchronize)
 from tools import strategies
@@ -91,6 +91,8 @@ class Stopwatch:
 
 def load_source(args):
     if args.preset:
+        if models.kind(load_config(args.preset).transformer) is not models.CONTEXTUAL:
+            raise UserError("tools.bench times Draft-and-Revise; give --preset one that is contextual.")
         return random_checkpoint(args.preset)
     return drr.load_checkpoint(args.checkpoint or BUNDLED)
 

@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 import drr
 from drr import UserError
+from support import models
 from support.common import load_config
 from tools import strategies
 
