@@ -46,7 +46,8 @@ def call(monkeypatch, capsys, folder, tmp_path, feature_net):
 
 
 def test_every_row_is_a_way_of_decoding_with_enough_revisions():
-    settings = {way: study.settings_of(way, m, 64) for way, m in study.runs_of(study.TABLES).items()}
+    paper = common.load_config(study.PRESET)
+    settings = {way: study.settings_of(paper, way, m, 64) for way, m in study.runs_of(study.TABLES).items()}
     rows = [row for table in study.TABLES for row in study.rows_of(table)]
     assert all(0 <= m <= settings[way].rounds for _, way, m in rows)
     assert settings["t_draft=8"].rounds == settings["t_draft=64"].rounds == 5
@@ -130,6 +131,23 @@ def test_infilling_counts_the_codes_that_come_back(call, folder, tmp_path):
     assert (tmp_path / "study" / "infill.png").stat().st_size > 100
 
 
+def test_a_published_model_is_drawn_in_several_orders_with_as_many_updates(call, tmp_path):
+    config = common.load_config("smoke-maskgit", ["transformer.n_spatial=1", "vae.ch=32"])
+    vae = drr.RQVAE(config.vae)
+    transformer = models.build(config.transformer, 4, 64, 1, vae.quantizer.codebook)
+    drr.save_vae(tmp_path / "run" / "vae.safetensors", vae, config)
+    path = tmp_path / "run" / "transformer.safetensors"
+    drr.save_transformer(path, transformer, config, CLASSES, CLASSES, vae)
+    text = call("--published", "run", "--out", "study", "--seeds", 1, "--images", 5)
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if "±" in line]
+    rows = [row for row in rows if len(row) == 6]
+    assert [row[0] for row in rows] == list(study.PUBLISHED[0].rows) and rows[0][0] == "Halton order"
+    assert {row[-1] for row in rows} == {"32.0"} and len({row[1].strip("*") for row in rows}) > 1
+    assert (tmp_path / "study" / "tables.md").read_text() in text
+    with pytest.raises(drr.UserError, match="with --published"):
+        call("--checkpoint", "run")
+
+
 @pytest.mark.parametrize("arguments, word", [
     (["--seeds", "0"], "--seeds"),
     (["--images", "4"], "--images"),
@@ -138,7 +156,8 @@ def test_infilling_counts_the_codes_that_come_back(call, folder, tmp_path):
     (["--data", TESTS / "photos"], "at least 4"),
     (["--data", TESTS, "--infill"], "val/<class>"),
     (["--infill", "--against", common.BUNDLED], "same codes"),
-    (["--against", common.BUNDLED], "--infill")])
+    (["--against", common.BUNDLED], "--infill"),
+    (["--published", common.BUNDLED, "--tables", "1"], "--tables")])
 def test_mistakes_are_one_sentence(call, arguments, word):
     with pytest.raises(drr.UserError, match=word) as error:
         call(*arguments)
