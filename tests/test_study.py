@@ -123,7 +123,8 @@ def test_infilling_counts_the_codes_that_come_back(call, folder, tmp_path):
     vae, config = drr.load_vae(folder / "checkpoint" / "vae.safetensors")
     config = common.load_config("smoke", ["transformer.kind=autoregressive"])
     causal = models.build(config.transformer, 4, 64, 4, vae.quantizer.codebook)
-    drr.save_transformer(tmp_path / "causal" / "transformer.safetensors", causal, config, CLASSES, CLASSES, vae)
+    path = tmp_path / "causal" / "transformer.safetensors"
+    drr.save_transformer(path, causal, config, CLASSES, CLASSES, vae)
     shutil.copy(folder / "checkpoint" / "vae.safetensors", tmp_path / "causal")
     text = call("--infill", "--against", "causal", "--out", "study")
     assert f"| right half | {folder / 'checkpoint'} |" in text and "| left half | causal |" in text
