@@ -90,7 +90,7 @@ def make_modules(vae, transformer, dtype):
             module.__class__ = FlatLinear
     graph = models.kind_of(transformer).graph
     yield "spatial", (graph(transformer, "")[0] if graph else Part(transformer.context)).eval()
-    yield "depth", DepthStep(transformer).eval()
+    yield "depth", (models.kind_of(transformer).head or DepthStep)(transformer).eval()
     yield "decoder", Part(vae.decode).eval()
     yield "encoder", Part(vae.encode).eval()
 
@@ -99,8 +99,8 @@ def describe(vae, transformer, info, precision, max_batch):
     """The manifest without files and hashes: what the parts are, with inputs and outputs as [name, shape,
     type]. A dimension that is a name is dynamic, from 1 to its entry in `max_sizes`."""
     t = transformer
-    K, N, D, d, S = len(t.codebook), t.positions, t.depth, t.ln.weight.numel(), vae.size
-    cache = [len(t.depthwise), 2, "rows", t.heads, D, t.head_dim]
+    K, N, D, d, S = len(t.codebook), t.positions, t.depth, t.pos.shape[1], vae.size
+    cache = [max(1, len(t.depthwise)), 2, "rows", t.heads, D, t.head_dim]
     kind = str(PRECISIONS[precision]).removeprefix("torch.")
     codes = ["codes", ["rows", N, D], "int64"]
     images = ["images", ["rows", 3, S, S], "float32"]
@@ -125,7 +125,7 @@ def describe(vae, transformer, info, precision, max_batch):
         "decoder": {"opset": 22, "max_sizes": {"rows": max_batch}, "inputs": [codes], "outputs": [images]},
         "encoder": {"opset": 22, "max_sizes": {"rows": max_batch}, "inputs": [images], "outputs": [codes]}}
     model = {"size": S, "side": vae.side, "positions": N, "depth": D, "null": t.null, "heads": t.heads,
-             "cond_length": t.cond_length, "n_depth": len(t.depthwise), "head_dim": t.head_dim,
+             "cond_length": t.cond_length, "n_depth": cache[0], "head_dim": t.head_dim,
              "conditions": t.cond_embed.num_embeddings}
     code = (HERE / "drr.py", HERE / "export.py", models.__file__, sys.modules[type(t).__module__].__file__)
     source = hashlib.sha256(b"".join(Path(file).read_bytes() for file in code)).hexdigest()

@@ -280,7 +280,7 @@ def main():
 
 
 KIND = models.Kind(
-    RQTransformer, hide_nothing, 1.0, raster, null=False, by_depth=True, graph=graph,
+    RQTransformer, hide_nothing, 1.0, raster, null=False, by_depth=True, graph=graph, head=None,
     fixed={"t_draft": None, "t_revise": 1, "rounds": 0, "revise_temperature": 1.0, "draft_guidance": 1.0,
            "revise_guidance": 1.0},
     why="an autoregressive transformer draws every stack once, in raster order, and has no null class; it "

@@ -28,11 +28,13 @@ class Kind(NamedTuple):
     # (transformer, type) -> the module that is exported as `spatial`, one token at a time, and its inputs and
     # outputs as in export.describe; None: the transformer's `context`, of all positions at once
     graph: Callable | None
+    # the module that is exported as `depth` where no blocks run over depth; None: export.DepthStep
+    head: Callable | None
 
 
 CONTEXTUAL = Kind(drr.ContextualRQTransformer, drr.random_mask, 2 / math.pi, drr.draft_and_revise, {}, "",
-                  True, False, None)
-OTHERS = {"autoregressive": "related.rq_transformer"}
+                  True, False, None, None)
+OTHERS = {"autoregressive": "related.rq_transformer", "maskgit": "related.maskgit"}
 
 
 def kind(section):

@@ -19,9 +19,9 @@ def convert(args, config, path):
     print(f"wrote {path}")
 
 
-def read_state(path, kind):
-    """The state dict of a release, {name: tensor}, memory-mapped; kind: for error sentences. UserError if the
-    file is missing or damaged, or holds something else."""
+def read_state(path, kind, key="state_dict"):
+    """The state dict of a release, {name: tensor}, memory-mapped, which lies under `key` in a .pt or .pth
+    file; kind: for error sentences. UserError if the file is missing or damaged, or holds something else."""
     try:
         if Path(path).suffix == ".safetensors":
             state = load_file(path)
@@ -33,11 +33,11 @@ def read_state(path, kind):
         raise UserError(f"{path} is no {kind} release that can be read ({type(error).__name__}); copy it "
                         "again or give another file.") from None
     if isinstance(state, dict):
-        state = state.get("state_dict", state)  # .safetensors has no nested dictionaries, only prefixes
+        state = state.get(key, state)  # .safetensors has no nested dictionaries, only prefixes
     if not isinstance(state, dict) or not all(isinstance(k, str) for k in state):
         raise UserError(f"{path} holds no state dict, so it is no {kind} release; give another file.")
-    if any(k.startswith("state_dict.") for k in state):
-        state = {k.removeprefix("state_dict."): v for k, v in state.items() if k.startswith("state_dict.")}
+    if any(k.startswith(f"{key}.") for k in state):
+        state = {k.removeprefix(f"{key}."): v for k, v in state.items() if k.startswith(f"{key}.")}
     if not all(isinstance(v, torch.Tensor) for v in state.values()):
         raise UserError(f"{path} holds other things than tensors, so it is no {kind} release; give another "
                         "file.")

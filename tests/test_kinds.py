@@ -6,7 +6,7 @@ from PIL import Image
 from processes import assert_same, finished, receives, run, train
 
 AUTOREGRESSIVE = "transformer.kind=autoregressive", "transformer.cond_dropout=0"
-SETTINGS = {"contextual": (), "autoregressive": AUTOREGRESSIVE,
+SETTINGS = {"contextual": (), "autoregressive": AUTOREGRESSIVE, "maskgit": ("transformer.kind=maskgit",),
             "unconditional": (*AUTOREGRESSIVE, "transformer.cond=none", "transformer.soft_labels=true",
                               "transformer.stochastic_codes=true")}
 
@@ -17,10 +17,14 @@ def kind(request):
 
 
 @pytest.fixture(scope="module")
-def arguments(kind, whole):
+def arguments(kind, whole, tmp_path_factory):
     """arguments(out) of a short training of this kind."""
-    return lambda out, *more: arguments_for("transformer", whole.vae / "vae.safetensors", out,
-                                            *SETTINGS[kind], *more)
+    folder = whole.vae
+    if kind == "maskgit":                                      # it draws stacks of one code
+        folder = tmp_path_factory.mktemp("vae")
+        finished(train("vae", *arguments_for("vae", None, folder, "vae.depth=1")))
+    return lambda out, *more: arguments_for("transformer", folder / "vae.safetensors", out, *SETTINGS[kind],
+                                            *more)
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +60,7 @@ def test_a_training_shows_pictures_and_its_result_draws(trained, draw):
     assert picture.shape == (32, 32, 3) and picture.std() > 1
 
 
-@pytest.mark.parametrize("kind", ["contextual", "autoregressive"], indirect=True)
+@pytest.mark.parametrize("kind", ["contextual", "autoregressive", "maskgit"], indirect=True)
 def test_graphs_draw_pytorchs_picture(trained, draw, tmp_path):
     run("export.py", "--checkpoint", trained, "--out", "exported", "--max-batch", 4, cwd=tmp_path)
     ours = draw("--checkpoint", trained, "--m", 0)

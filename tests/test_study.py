@@ -10,7 +10,7 @@ from conftest import random_checkpoint, sample_section, tiny_transformer, torch_
 from processes import PHOTOS
 
 import drr
-from support import common
+from support import common, models
 from tools import study
 
 
@@ -25,7 +25,8 @@ def run_study(call, tmp_path, feature_net):
 
 
 def test_every_row_is_a_way_of_decoding_with_enough_revisions():
-    settings = {way: study.settings_of(way, m, 64) for way, m in study.runs_of(study.TABLES).items()}
+    paper = common.load_config(study.PRESET)
+    settings = {way: study.settings_of(paper, way, m, 64) for way, m in study.runs_of(study.TABLES).items()}
     rows = [row for table in study.TABLES for row in study.rows_of(table)]
     assert all(0 <= m <= settings[way].rounds for _, way, m in rows)
     assert settings["t_draft=8"].rounds == settings["t_draft=64"].rounds == 5
@@ -106,3 +107,21 @@ def test_infilling_counts_the_codes_that_come_back(run_study, tmp_path):
     assert (tmp_path / "study" / "infill.png").stat().st_size > 100
     with pytest.raises(drr.UserError, match="same codes"):
         run_study("--infill", "--against", common.BUNDLED)
+
+
+def test_a_published_model_is_drawn_in_several_orders_with_as_many_updates(run_study, tmp_path):
+    classes = sorted(path.name for path in (PHOTOS / "train").iterdir())
+    config = common.load_config("smoke-maskgit", ["transformer.n_spatial=1", "vae.ch=32"])
+    vae = drr.RQVAE(config.vae)
+    transformer = models.build(config.transformer, 4, 64, 1, vae.quantizer.codebook)
+    drr.save_vae(tmp_path / "run" / "vae.safetensors", vae, config)
+    path = tmp_path / "run" / "transformer.safetensors"
+    drr.save_transformer(path, transformer, config, classes, classes, vae)
+    text = run_study("--published", tmp_path / "run", "--out", "study", "--seeds", 1, "--images", 5)
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if "±" in line]
+    rows = [row for row in rows if len(row) == 6]
+    assert [row[0] for row in rows] == list(study.PUBLISHED[0].rows) and rows[0][0] == "Halton order"
+    assert {row[-1] for row in rows} == {"32.0"} and len({row[1].strip("*") for row in rows}) > 1
+    assert (tmp_path / "study" / "tables.md").read_text() in text
+    with pytest.raises(drr.UserError, match="with --published"):
+        run_study("--checkpoint", tmp_path / "run")

@@ -195,8 +195,8 @@ def plan_samples(args, checkpoint, c, names, device, dtype):
         class_names = [info.classes[k] for k in labels]
     model = drr.TorchModel(vae, transformer, device, dtype)
     kind = models.kind(info.transformer)
-    decode = strategies.decode if kind is models.CONTEXTUAL else kind.decode
-    if args.compile and kind is not models.CONTEXTUAL:
+    decode = strategies.decode if kind.decode is drr.draft_and_revise else kind.decode
+    if args.compile and kind.decode is not drr.draft_and_revise:
         raise UserError("--compile is for the updates of Draft-and-Revise; leave it out here.")
     update = fast.compiled_update(model) if args.compile else drr.update
     values = " ".join(f"{key}={value}" for key, value in vars(c).items()) + " compiled" * args.compile
@@ -488,7 +488,7 @@ def main():
         size = samples.size
     else:
         checkpoint = vae, transformer, info = models.load_checkpoint(args.checkpoint)
-        checked = strategies if models.kind(info.transformer) is models.CONTEXTUAL else common
+        checked = strategies if models.kind(info.transformer).decode is drr.draft_and_revise else common
         c = checked.sampling_values(info, args.overrides, transformer.positions)
         size = vae.size
     reference = draw = None

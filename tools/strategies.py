@@ -18,7 +18,8 @@ from support import common
 # What these values do is said in `decode`; these are the paper's.
 DEFAULTS = {"order": "random", "draft_growing": False, "draft_ramp": False, "draft_pool": 1.0,
             "revise_share": 1.0, "revise_better": False}
-ALLOWED = {"order": "one of random, sobol", "draft_pool": "from 0 to 1", "revise_share": "above 0 to 1"}
+ALLOWED = {"order": "one of random, sobol, halton", "draft_pool": "from 0 to 1",
+           "revise_share": "above 0 to 1"}
 
 
 def sampling_values(info, overrides, positions):
@@ -44,7 +45,8 @@ def sampling_values(info, overrides, positions):
 def decode(model, cond, noise, c, codes=None, region=None, update=drr.update):
     """As drr.draft_and_revise: yields the State after every update. A key that `c` lacks is the paper's.
 
-    order           "sobol": the stacks of a set lie far apart (`sobol_order`)
+    order           "sobol": stacks of a set lie far apart (`sobol_order`); "halton": as in Halton-MaskGIT,
+                    one order for all images, in sets that grow as theirs do (`halton_partition`)
     draft_growing   few stacks in the first sets of the draft, many in the last (`growing_partition`)
     draft_ramp      the draft's guidance rises evenly, from none in the first update to draft_guidance
     draft_pool      0 is Top-C, 0.5 is Top-C-50% (`update_likeliest`), 1 is the paper's Random
@@ -52,11 +54,14 @@ def decode(model, cond, noise, c, codes=None, region=None, update=drr.update):
     revise_better   a revision keeps the old stack where it is more likely than the new one (`update_better`)
     """
     c = SimpleNamespace(**DEFAULTS | vars(c))
-    if update is not drr.update and (c.draft_growing or c.draft_ramp or c.draft_pool < 1):
-        raise UserError("Compiled updates must be alike, and draft_growing, draft_ramp and draft_pool make "
-                        "each of them different; leave those out, or do not compile.")
+    unlike = c.draft_growing or c.order == "halton" or c.draft_ramp or c.draft_pool < 1
+    if update is not drr.update and unlike:
+        raise UserError("Compiled updates must be alike, and draft_growing, draft_ramp, draft_pool and "
+                        "order=halton make each of them different; leave those out, or do not compile.")
     if c.order == "sobol":
         noise = sobol_order(noise[0]), noise[1]
+    if c.order == "halton":
+        noise = halton_order(noise[0]), noise[1]
     order, uniforms = (tensor.to(cond.device) for tensor in noise)
     B, N, D = uniforms.shape[1:]
     if region is None:
@@ -68,6 +73,8 @@ def decode(model, cond, noise, c, codes=None, region=None, update=drr.update):
     sampling = Sampling(c.draft_temperature, c.draft_guidance, c.top_k, c.top_p)
     if c.draft_growing:
         sets = growing_partition(inside[0], c.t_draft)
+    elif c.order == "halton":
+        sets = halton_partition(inside[0], c.t_draft)
     else:
         sets = drr.partition(inside[0], c.t_draft)
     for t, positions in enumerate(sets):
@@ -111,6 +118,33 @@ def sobol_order(order):
     y, x = torch.tensor(in_order, device=order.device).T                                   # (N,) each
     first = order[..., :1]
     return (y + first // side) % side * side + (x + first) % side
+
+
+def halton_order(order):
+    """For orders (..., N), always the same: the positions of a square map by first visit of the Halton
+    sequence, base 2 for rows and 3 for columns (Besnier et al. 2025, arXiv 2503.17076)."""
+    side = math.isqrt(order.shape[-1])
+    index = np.arange(1, 10_001)
+    cells = []
+    for base in (2, 3):
+        points, rest, scale = np.zeros(len(index)), index, 1.0
+        while rest.any():                            # the digits, mirrored at the point
+            scale /= base
+            points += scale * (rest % base)
+            rest = rest // base
+        cells.append((points * side).astype(int))
+    visits = dict.fromkeys((cells[0] * side + cells[1]).tolist())
+    return torch.tensor(list(visits), device=order.device).expand_as(order)
+
+
+def halton_partition(order, T):
+    """As drr.partition, but after t sets n (1 - 2 / pi arccos(t / T)) positions are known, rounded down, and
+    at least t: the schedule of Halton-MaskGIT's sampler, which computes in float32."""
+    n = order.shape[1]
+    T = min(T, n)
+    share = 1 - torch.arccos(torch.arange(1, T) / T) / (math.pi * 0.5)
+    ends = [max(t, int(known)) for t, known in enumerate(share * n, 1)]
+    return list(order.tensor_split(ends, dim=1))
 
 
 def growing_partition(order, T):

@@ -5,10 +5,12 @@
     python -m tools.study --data DIR --tables 6,7      # of these tables only
     python -m tools.study --data DIR --infill          # instead: in-filling of hidden halves ...
     python -m tools.study --data DIR --infill --against RUN        # ... also by a second transformer
+    python -m tools.study --data DIR --published RUN               # instead: RUN is of related/maskgit.py
 
-Every row is one way of decoding, with the paper's values where it does not say otherwise. All draw the same
-images from the same random numbers, the classes of DIR/val in turn. What the feature network sees is kept
-after the draft and after each revision, so that a run with five revisions also serves the rows with fewer.
+Every row is one way of decoding, with the paper's values (with --published: the checkpoint's) where it does
+not say otherwise. All draw the same images from the same random numbers, the classes of DIR/val in turn. What
+the feature network sees is kept after the draft and after each revision, so that a run with five revisions
+also serves the rows with fewer.
 """
 import argparse
 import functools
@@ -41,7 +43,7 @@ COOL_GUIDED = f"{COOL} draft_guidance=1.5 revise_guidance=2"
 class Table(NamedTuple):
     title: str
     base: str                    # what differs from the paper's values in all rows
-    revisions: list              # M of the rows
+    revisions: list              # M of the rows, or [LAST]: as the rows say
     rows: dict                   # label: what differs from the base
 
 
@@ -88,6 +90,15 @@ TABLES = [
         "1 and 0.8, 2.5 and 2.5, T_revise 8": "t_revise=8 draft_guidance=2.5 revise_guidance=2.5",
         "1 and 0.8, 3 and 3, T_revise 8": "t_revise=8 draft_guidance=3 revise_guidance=3"}),
 ]
+LAST = -1
+PUBLISHED = [Table("Order and revisions, 32 updates each", "", [LAST], {
+    "Halton order": "order=halton t_draft=32 rounds=0",
+    "most likely first (Top-C), growing": "draft_pool=0 draft_growing=true t_draft=32 rounds=0",
+    "random order": "t_draft=32 rounds=0",
+    "random order, growing": "draft_growing=true t_draft=32 rounds=0",
+    "T_draft 24, M = 4, T_revise 2": "t_draft=24 t_revise=2 rounds=4",
+    "T_draft 16, M = 8, T_revise 2": "t_draft=16 t_revise=2 rounds=8",
+    "T_draft 16, M = 2, T_revise 8": "t_draft=16 t_revise=8 rounds=2"})]
 METRICS = ("FID-like", "precision", "recall", "accuracy")
 
 
@@ -103,13 +114,15 @@ def runs_of(tables):
     rounds = {}
     for table in tables:
         for _, way, m in rows_of(table):
-            rounds[way] = max(m, rounds.get(way, 0))
+            rounds[way] = max(m, rounds.get(way, m))
     return rounds
 
 
-def settings_of(way, rounds, positions):
-    """The sampling values of a way of decoding with so many revisions."""
-    return strategies.sampling_values(load_config(PRESET), [*way.split(), f"rounds={rounds}"], positions)
+def settings_of(info, way, rounds, positions):
+    """The sampling values of a way of decoding with so many revisions; info: a configuration, whose values
+    hold where the way does not say otherwise."""
+    more = [f"rounds={rounds}"] * (rounds != LAST)
+    return strategies.sampling_values(info, [*way.split(), *more], positions)
 
 
 # === Drawing: OUT/WAY_rounds=M-SEED.npz =====================================================================
@@ -193,11 +206,11 @@ def run_metrics(real, held):
     return metrics
 
 
-def markdown(number, table, metrics, gflop):
+def markdown(number, table, metrics, cost, unit="GFLOP"):
     """A table in markdown. Bold: a number that differs by more than APART standard errors of the difference
     from that of the first row with the same M, or, where no two have the same M, of the first row.
-    gflop(way, M): of one image."""
-    lines = [f"### {number}. {table.title}", "", f"| | {' | '.join(METRICS)} | GFLOP |", "|---" * 6 + "|"]
+    cost(way, M): of one image, in that unit."""
+    lines = [f"### {number}. {table.title}", "", f"| | {' | '.join(METRICS)} | {unit} |", "|---" * 6 + "|"]
     rows = rows_of(table)
     for label, way, m in rows:
         value, leave_one = metrics(way, m)
@@ -208,7 +221,7 @@ def markdown(number, table, metrics, gflop):
                  *(f"{100 * value[i]:.1f} ± {100 * error[i]:.1f}%" for i in (1, 2)),
                  f"{100 * value[3]:.2f} ± {100 * error[3]:.2f}%"]
         cells = [f"**{cell}**" if different else cell for cell, different in zip(cells, apart)]
-        lines.append(f"| {label} | {' | '.join(cells)} | {gflop(way, m):.1f} |")
+        lines.append(f"| {label} | {' | '.join(cells)} | {cost(way, m):.1f} |")
     return "\n".join(lines) + "\n"
 
 
@@ -327,6 +340,7 @@ def parse_arguments():
     add("--tables", metavar="N,...", help="only these tables, by number")
     add("--infill", action="store_true", help="in-filling only")
     add("--against", metavar="DIR", help="with --infill: a second transformer of the same codes, of any kind")
+    add("--published", metavar="DIR", help="a checkpoint of related.maskgit: its orders at equal updates")
     add_device_arguments(parser)
     args = parser.parse_args()
     if min(args.seeds, args.batch) < 1 or args.images < 5:
@@ -334,6 +348,8 @@ def parse_arguments():
                         "at least 1, 1 and 5.")
     if args.against and not args.infill:
         raise UserError("--against goes with --infill; leave it out, or add --infill.")
+    if args.published and (args.infill or args.tables):
+        raise UserError("--published is a table of its own; leave --infill and --tables out.")
     every = [str(number) for number in range(1, 1 + len(TABLES))]
     args.tables = args.tables.split(",") if args.tables else every
     if not set(args.tables) <= set(every):
@@ -350,7 +366,11 @@ def main():
         folders = [args.checkpoint, args.against] if args.against else [args.checkpoint]
         checkpoints = [(folder, models.load_checkpoint(folder)) for folder in folders]
         return infill_to(out, checkpoints, args.data, device, dtype)
-    vae, transformer, info = drr.load_checkpoint(args.checkpoint)
+    vae, transformer, info = models.load_checkpoint(args.published or args.checkpoint)
+    kind = models.kind(info.transformer)
+    if kind.decode is not drr.draft_and_revise or not args.published and kind is not models.CONTEXTUAL:
+        raise UserError("The study is of Draft-and-Revise by a contextual transformer; give such a "
+                        "checkpoint, or with --published one of related.maskgit.")
     model = drr.TorchModel(vae, transformer, device, dtype)
     network = evaluate.load_features(args.features, device)
     reference = evaluate.in_folder(Path(args.data) / "val", vae.size)
@@ -358,16 +378,20 @@ def main():
     if min(len(names), reference.count) <= evaluate.NEIGHBOURS:
         raise UserError(f"{args.data}/val has {len(names)} class folders that both the checkpoint and "
                         f"{network.name} know; expected at least 4.")
+    tables, base = TABLES, load_config(PRESET)
+    if args.published:
+        tables, base = PUBLISHED, info
+        args.tables = ["1"]
     # All that decides what is drawn, the code included: other code may draw other pictures.
     code = "".join(inspect.getsource(part) for part in (drr, strategies, draw_rounds, see, draw_run))
     evaluate.claim_folder(out, [drr.fingerprint(vae), drr.fingerprint(transformer), names, str(dtype),
-                                device.type, args.images, network.name, vars(load_config(PRESET).sample),
+                                device.type, args.images, network.name, vars(base.sample),
                                 hashlib.sha256(code.encode()).hexdigest()])
 
-    chosen = {int(number): TABLES[int(number) - 1] for number in args.tables}
+    chosen = {int(number): tables[int(number) - 1] for number in args.tables}
     ways = runs_of(chosen.values())
-    rounds = runs_of(TABLES)                         # of all tables: a run serves them all
-    settings = {way: settings_of(way, rounds[way], model.positions) for way in ways}
+    rounds = runs_of(tables)                         # of all tables: a run serves them all
+    settings = {way: settings_of(base, way, rounds[way], model.positions) for way in ways}
     classes = (torch.tensor([info.classes.index(name) for name in names], device=device),
                torch.tensor([network.classes.index(name) for name in names]))
     held = draw_missing(model, network, classes, settings, args)
@@ -378,17 +402,23 @@ def main():
     def gflop(way, m):
         c = SimpleNamespace(**vars(settings[way]) | {"rounds": m})
         return machine.decode_flops(transformer, c) / 1e9
+
+    def updates(way, m):
+        c = settings[way]
+        return c.t_draft + c.rounds * c.t_revise
     text = [f"{network.name}; reference {reference.name}; {len(names)} classes in turn, {args.seeds} x "
             f"{args.images} images; {vae.size}x{vae.size}; {precision_name(dtype)}, {device}; commit "
             f"{evaluate.commit()}; ± standard error (jackknife over {GROUPS} groups of images, which differ "
             f"in their classes, too); bold: more than {APART} standard errors of the difference from the "
             "first row of the same M.\n"]
-    text += [markdown(number, table, metrics, gflop) for number, table in chosen.items()]
+    cost = (updates, "updates") if args.published else (gflop, "GFLOP")
+    text += [markdown(number, table, metrics, *cost) for number, table in chosen.items()]
     with replacing(out / "tables.md") as temporary:
         temporary.write_text("\n".join(text))
-    plot(out / "study.png", metrics, gflop, held)
+    if not args.published:
+        plot(out / "study.png", metrics, gflop, held)
     print("\n".join(text))
-    print(f"-> {out / 'tables.md'}, {out / 'study.png'}")
+    print(f"-> {out}/")
 
 
 if __name__ == "__main__":
