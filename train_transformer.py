@@ -30,7 +30,8 @@ def training_noise(seed, step, batch_size, positions, depth):
 def step_operations(model, hidden):
     """Operations of a step per image, 6 per parameter and token. On average a share `hidden` of all stacks is
     hidden: those go through the depth transformer."""
-    spatial = sum(p.numel() for p in model.spatial.parameters())
+    # What modulates a block (related/maskgit.py) is computed once per image, which is next to nothing.
+    spatial = sum(p.numel() for name, p in model.spatial.named_parameters() if "modulation" not in name)
     depth = sum(p.numel() for part in (model.depthwise, model.classifier) for p in part.parameters())
     return 6 * model.positions * (spatial + hidden * model.depth * depth)
 

@@ -87,6 +87,10 @@ def memory(stage, config, world=1, dtype=torch.bfloat16, batch=None):
     return Memory(parameters, state, int(copies + activations))
 
 
+def depth_blocks(c):
+    return 0 if models.kind(c).head else c.n_depth
+
+
 def transformer_activations(config, size):
     """Bytes per image at the peak, which is where the backward pass begins, with all stacks hidden.
 
@@ -108,8 +112,8 @@ def transformer_activations(config, size):
     # The backward pass begins with cross-entropy (log-softmax, its gradient, that of the logits) and an MLP.
     head = stacks * (12 * v.codebook_size + 4 * d + size * d)
     if c.recompute:                                            # inputs of all blocks, and all of one block
-        return 4 * d * (c.n_spatial * T + c.n_depth * stacks) + max(head, depth + stacks * 4 * size * d)
-    return c.n_spatial * spatial + c.n_depth * depth + max(head, stacks * (4 * d + 8 * size * d))
+        return 4 * d * (c.n_spatial * T + depth_blocks(c) * stacks) + max(head, depth + stacks * 4 * size * d)
+    return c.n_spatial * spatial + depth_blocks(c) * depth + max(head, stacks * (4 * d + 8 * size * d))
 
 
 def vae_activations(trained, c, size):
@@ -158,10 +162,11 @@ def flops_per_image(stage, config):
         d, D = c.d_model, v.depth
         # With 2 / pi the mean of ceil(cos(pi r / 2) N), times D.
         stacks = min(N, round(models.kind(c).hidden * N + 0.5)) * D
-        blocks = c.n_spatial * T * (24 * d * d + 4 * T * d) + c.n_depth * stacks * (24 * d * d + 4 * D * d)
+        blocks = c.n_spatial * T * (24 * d * d + 4 * T * d)
+        blocks += depth_blocks(c) * stacks * (24 * d * d + 4 * D * d)
         total = 3 * (blocks + stacks * 2 * d * v.codebook_size + 2 * (N + stacks) * v.code_dim * d)
         if c.recompute:                                        # the blocks once more, but for fc2
-            total += blocks - 8 * d * d * (c.n_spatial * T + c.n_depth * stacks)
+            total += blocks - 8 * d * d * (c.n_spatial * T + depth_blocks(c) * stacks)
         return total
     counts = []
     for model in modules(stage, config)[0]:
