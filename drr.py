@@ -254,7 +254,7 @@ class Decoder(nn.Module):
         self.conv_in = nn.Conv2d(c.z_channels, widths[-1], 3, padding=1)
         self.mid = middle(widths[-1])
         self.up = nn.ModuleList()
-        # DEVIATION: vae.upscale draws larger, as Muse does; bilinear then, since equal pixels end in a weave.
+        # DEVIATION: vae.upscale draws larger, as Muse does; bilinear then: repeated pixels leave a weave.
         mode = "nearest" if c.upscale == 1 else "bilinear"
         for i, (width, before) in enumerate(zip(widths, widths[1:] + widths[-1:])):  # up[i] works at S / 2^i
             attend = c.resolution >> i in c.attn_resolutions
@@ -733,7 +733,7 @@ def load_checkpoint(directory, build=ContextualRQTransformer, dtype=torch.float3
         if set(map(type, info.classes + info.titles)) != {str} or len(info.classes) != len(info.titles):
             raise ValueError("each class needs a name and a title")
         c, book = info.transformer, vae.quantizer.codebook
-        with torch.device("meta"):                                 # without memory: the file's tensors come
+        with torch.device("meta"):                               # empty: the file's tensors take their place
             transformer = build(c, conditions(c, info.classes), vae.side ** 2, info.vae.depth, book)
     fill(transformer, tensors, path, assign=True)
     return vae, transformer.requires_grad_(False).eval(), info
@@ -752,7 +752,7 @@ def read_model(path, dtype=torch.float32):
             meta, names = dict(json.loads(f.metadata()["drr"])), f.keys()
         tensors = {}
         for name in names:
-            with safe_open(path, "pt") as f:                       # anew: a map ends with what is converted
+            with safe_open(path, "pt") as f:                       # anew: its map ends with each tensor
                 tensor = f.get_tensor(name)
             if not torch.stack(tensor.aminmax()).isfinite().all():
                 raise ValueError(f"{name} holds numbers that are not finite")

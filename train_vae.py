@@ -106,7 +106,7 @@ def build(c, weights, frozen, device):
     vae = drr.RQVAE(c).to(device)
     if weights:
         new = {}
-        if frozen:                           # FILE may lack what enlarges: at first, it interpolates
+        if frozen:                           # FILE may lack the enlarging levels, which first interpolate
             for level in vae.decoder.enlarge:
                 torch.nn.init.dirac_(level.conv.weight)
                 for silent in (level.conv.bias, *level.block_1.conv2.parameters(),

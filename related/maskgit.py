@@ -124,7 +124,8 @@ class MaskGIT(nn.Module):
         return self.classifier(self.context(codes, mask, cond))[..., :self.K].float()
 
     def forward(self, codes, mask, cond, targets=None):
-        # DEVIATION: the official loss is that of all positions, visible ones, too.
+        # DEVIATION: the loss is of hidden codes only, as for the paper's transformer (Eq. 12), so that one
+        # trainer serves both; the official one is of all positions.
         return drr.masked_loss(self, codes, mask, cond, targets)
 
 

@@ -6,8 +6,8 @@
 FOLDER holds a release of kakaobrain/rq-vae-transformer as it was packed: stage1/ and stage2/, in each of them
 config.yaml and model.pt (or model.safetensors). Training: a preset with `transformer.kind: autoregressive`.
 
-Beside the Contextual RQ-Transformer (drr.py) a stack sees the stacks before it, never those after it, so that
-there is nothing to hide, to draft or to revise: N stacks are drawn one after the other, in N updates.
+Unlike in the Contextual RQ-Transformer (drr.py), a stack sees the stacks before it, never those after it, so
+that there is nothing to draft or to revise: N stacks are drawn one after the other, in N updates.
 """
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
@@ -32,7 +32,7 @@ class RQTransformer(drr.ContextualRQTransformer):
 
     def __init__(self, c, conditions, positions, depth, codebook):
         super().__init__(c, conditions, positions, depth, codebook)
-        del self.mask_embed                                        # nothing is hidden,
+        del self.mask_embed                                        # what comes later is never seen,
         self.cond_embed = nn.Embedding(conditions, c.d_model)      # and no condition was left out
         nn.init.normal_(self.cond_embed.weight, std=0.02)
         self.length = self.cond_length + positions - 1             # of the sequence
@@ -65,8 +65,8 @@ class RQTransformer(drr.ContextualRQTransformer):
         return self.depth_logits(h.flatten(0, 1), codes.flatten(0, 1)).float().unflatten(0, codes.shape[:2])
 
 
-def hide_nothing(uniforms):
-    """The mask of a training step, (B, N): the loss is that of all stacks, each given the earlier ones."""
+def hide_all(uniforms):
+    """The mask of a training step, (B, N): the loss is that of all stacks, and no later one is ever seen."""
     return torch.ones_like(uniforms[:, 1:], dtype=torch.bool)
 
 
@@ -74,7 +74,8 @@ def hide_nothing(uniforms):
 @torch.inference_mode()
 def raster(model, cond, noise, c, codes=None, region=None, update=None):
     """As drr.draft_and_revise, a State after every stack: in the region they are drawn in raster order, and
-    what is outside stays. A stack sees nothing that is right of it or below. No update but this one."""
+    what is outside stays. A stack sees nothing to its right in its own row, and nothing below. `update` is
+    there for the common signature and has no influence."""
     uniforms = noise[1][0].to(cond.device)                                         # (B, N, D)
     B, N, D = uniforms.shape
     L = cond.shape[1]
@@ -280,7 +281,7 @@ def main():
 
 
 KIND = models.Kind(
-    RQTransformer, hide_nothing, 1.0, raster, null=False, by_depth=True, graph=graph, head=None,
+    RQTransformer, hide_all, 1.0, raster, null=False, by_depth=True, graph=graph, head=None,
     fixed={"t_draft": None, "t_revise": 1, "rounds": 0, "revise_temperature": 1.0, "draft_guidance": 1.0,
            "revise_guidance": 1.0},
     why="an autoregressive transformer draws every stack once, in raster order, and has no null class; it "

@@ -87,7 +87,8 @@ def load(backend, directory, device):
 
 # === The model: what TorchModel does, by the exported parts =================================================
 class ExportedModel:
-    """What drr.TorchModel's docstring lists. parts: {name: callable from tensors to a list of tensors}."""
+    """What drr.TorchModel's docstring lists, and `context_step` of kinds that draw one stack after the other.
+    parts: {name: callable from tensors to a list of tensors}."""
 
     def __init__(self, parts, manifest, device):
         self.parts, self.device = parts, device
@@ -115,7 +116,8 @@ class ExportedModel:
         return self.parts["spatial"](*self.padded("spatial", codes, mask, cond, positions))[0][:B, :n]
 
     @torch.inference_mode()
-    def context_step(self, stack, cond, t, cache):           # of kinds that draw one stack after the other
+    def context_step(self, stack, cond, t, cache):
+        """As RQTransformer's."""
         rows = len(stack)
         stack, cond = self.padded("spatial", stack, cond)
         if t == 0:

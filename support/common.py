@@ -45,7 +45,7 @@ ALLOWED = {key: allowed for allowed, keys in {
     "one of lpips, efficientnet": "perceptual",
     "one of patchgan, spectral": "disc",
     "one of class, none, text": "cond",
-    "one of contextual, autoregressive, maskgit": "kind",
+    f"one of {', '.join(['contextual', *models.OTHERS])}": "kind",
 }.items() for key in keys.split()}
 
 

@@ -5,7 +5,7 @@ other one is a file in related/, which is read only when a checkpoint or a prese
 """
 import importlib
 import math
-from types import SimpleNamespace
+import sys
 from typing import Callable, NamedTuple
 
 import torch
@@ -18,11 +18,11 @@ class Kind(NamedTuple):
     # (c, conditions, positions, depth, codebook) -> a module that is built, trained (`forward`) and drawn
     # from (`depth_step`) like drr.ContextualRQTransformer
     model: Callable
-    random_mask: Callable    # as drr.random_mask: uniforms (B, 1 + N) -> what a training step hides, (B, N)
-    hidden: float            # which share of all stacks that is, on average
+    random_mask: Callable    # as drr.random_mask: uniforms (B, 1 + N) -> mask (B, N) of a training step
+    hidden: float            # the share of all stacks that it hides, on average
     decode: Callable         # as drr.draft_and_revise: yields a State after each update
-    fixed: dict              # sampling values that can be no others for this kind; None: N
-    why: str                 # that is so, for the user
+    fixed: dict              # {sampling key: the only value that this kind takes; None stands for N}
+    why: str                 # the reason, for the sentence "KEY is VALUE, but ..."
     null: bool               # whether it has a null condition, for guidance
     by_depth: bool           # whether top_k and top_p may be lists, a value for each depth
     # (transformer, type) -> the module that is exported as `spatial`, one token at a time, and its inputs and
@@ -32,21 +32,22 @@ class Kind(NamedTuple):
     head: Callable | None
 
 
-CONTEXTUAL = Kind(drr.ContextualRQTransformer, drr.random_mask, 2 / math.pi, drr.draft_and_revise, {}, "",
-                  True, False, None, None)
+CONTEXTUAL = Kind(drr.ContextualRQTransformer, drr.random_mask, 2 / math.pi, drr.draft_and_revise, fixed={},
+                  why="", null=True, by_depth=False, graph=None, head=None)
 OTHERS = {"autoregressive": "related.rq_transformer", "maskgit": "related.maskgit"}
 
 
 def kind(section):
     """The Kind of a section `transformer`; one without the key is of a checkpoint older than it."""
     name = getattr(section, "kind", "contextual")
-    return importlib.import_module(OTHERS[name]).KIND if name in OTHERS else CONTEXTUAL
+    if name == "contextual":
+        return CONTEXTUAL
+    return importlib.import_module(OTHERS[name]).KIND
 
 
 def kind_of(transformer):
     """The Kind of a transformer."""
-    names = [name for name in OTHERS if type(transformer).__module__ == OTHERS[name]]
-    return kind(SimpleNamespace(kind=names[0])) if names else CONTEXTUAL
+    return getattr(sys.modules[type(transformer).__module__], "KIND", CONTEXTUAL)
 
 
 def build(c, *arguments):

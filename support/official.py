@@ -20,8 +20,9 @@ def convert(args, config, path):
 
 
 def read_state(path, kind, key="state_dict"):
-    """The state dict of a release, {name: tensor}, memory-mapped, which lies under `key` in a .pt or .pth
-    file; kind: for error sentences. UserError if the file is missing or damaged, or holds something else."""
+    """{name: tensor}, the state dict of a release, which a .pt or .pth file holds under `key`; memory-mapped
+    where the format allows it. kind: for error sentences. UserError if the file is missing, damaged or of
+    another kind."""
     try:
         if Path(path).suffix == ".safetensors":
             state = load_file(path)

@@ -307,7 +307,7 @@ MISTAKES = [
     (STUDY, "at least 4", ["PHOTOS --features net.pt2"]),
     (STUDY, "val/<class>", ["empty --infill"]),
     (STUDY, "--infill", ["PHOTOS --against good"]),
-    (STUDY, "--tables", ["PHOTOS --published good --tables 1"]),
+    (STUDY, "--checkpoint", ["PHOTOS --published good"]),
 ]
 
 

@@ -88,7 +88,7 @@ def test_official_logits_and_losses(official):
     logits = transformer.logits(codes, cond)
     assert logits.dtype == torch.float32
     torch.testing.assert_close(logits, given["io.logits"].flatten(1, 2), atol=1e-4, rtol=0)
-    mask = rq_transformer.hide_nothing(torch.rand(len(codes), 65))
+    mask = rq_transformer.hide_all(torch.rand(len(codes), 65))
     loss, _ = transformer(codes, mask, cond)
     torch.testing.assert_close(loss, given["io.loss_hard_per_depth"], atol=1e-5, rtol=0)
     if "io.soft_targets" in given:

@@ -94,7 +94,10 @@ def load_source(args):
         if models.kind(load_config(args.preset).transformer) is not models.CONTEXTUAL:
             raise UserError("tools.bench times Draft-and-Revise; give --preset one that is contextual.")
         return random_checkpoint(args.preset)
-    return drr.load_checkpoint(args.checkpoint or BUNDLED)
+    vae, transformer, info = models.load_checkpoint(args.checkpoint or BUNDLED)
+    if models.kind(info.transformer) is not models.CONTEXTUAL:
+        raise UserError("tools.bench times Draft-and-Revise; give --checkpoint one that is contextual.")
+    return vae, transformer, info
 
 
 def mode_values(mode, info, overrides, positions, t_draft=None):

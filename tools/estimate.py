@@ -88,6 +88,7 @@ def memory(stage, config, world=1, dtype=torch.bfloat16, batch=None):
 
 
 def depth_blocks(c):
+    """How many blocks run over depth: none where a code needs no order (related/maskgit.py)."""
     return 0 if models.kind(c).head else c.n_depth
 
 

@@ -201,8 +201,8 @@ def plan_samples(args, checkpoint, c, names, device, dtype):
     update = fast.compiled_update(model) if args.compile else drr.update
     values = " ".join(f"{key}={value}" for key, value in vars(c).items()) + " compiled" * args.compile
     # All that decides what is drawn, the code included: other code may draw other pictures.
-    code = "".join(inspect.getsource(part) for part in (drr, inspect.getmodule(decode), fast, to_pixels,
-                                                            draw_samples))
+    kinds = inspect.getmodule(type(transformer)), inspect.getmodule(decode)
+    code = "".join(inspect.getsource(part) for part in (drr, *kinds, fast, to_pixels, draw_samples))
     about = [drr.fingerprint(vae), drr.fingerprint(transformer), values, chosen, args.seed, str(dtype),
              device.type, torch.__version__, hashlib.sha256(code.encode()).hexdigest()]
     folder = Path(args.out or f"samples/{hashlib.sha256(json.dumps(about).encode()).hexdigest()[:12]}")

@@ -124,7 +124,7 @@ def halton_order(order):
     """For orders (..., N), always the same: the positions of a square map by first visit of the Halton
     sequence, base 2 for rows and 3 for columns (Besnier et al. 2025, arXiv 2503.17076)."""
     side = math.isqrt(order.shape[-1])
-    index = np.arange(1, 10_001)
+    index = np.arange(1, 1 + 10 * order.shape[-1])               # enough to visit every position
     cells = []
     for base in (2, 3):
         points, rest, scale = np.zeros(len(index)), index, 1.0

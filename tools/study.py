@@ -331,7 +331,7 @@ def parse_arguments():
     add = parser.add_argument
     add("--data", required=True, metavar="DIR", help="DIR/val/<class>/*: reference and classes")
     add("--out", default="runs/study", metavar="DIR", help="features, tables and pictures (runs/study)")
-    add("--checkpoint", default=str(BUNDLED), metavar="DIR")
+    add("--checkpoint", metavar="DIR", help="(the bundled one)")
     add("--features", default="classifier", metavar="F",
         help="as in tools.evaluate, with class logits (classifier)")
     add("--seeds", type=int, default=5, help="how often (5)")
@@ -348,8 +348,9 @@ def parse_arguments():
                         "at least 1, 1 and 5.")
     if args.against and not args.infill:
         raise UserError("--against goes with --infill; leave it out, or add --infill.")
-    if args.published and (args.infill or args.tables):
-        raise UserError("--published is a table of its own; leave --infill and --tables out.")
+    if args.published and (args.infill or args.tables or args.checkpoint):
+        raise UserError("--published is a table of its own; leave --infill, --tables and --checkpoint out.")
+    args.checkpoint = args.checkpoint or str(BUNDLED)
     every = [str(number) for number in range(1, 1 + len(TABLES))]
     args.tables = args.tables.split(",") if args.tables else every
     if not set(args.tables) <= set(every):
@@ -383,7 +384,8 @@ def main():
         tables, base = PUBLISHED, info
         args.tables = ["1"]
     # All that decides what is drawn, the code included: other code may draw other pictures.
-    code = "".join(inspect.getsource(part) for part in (drr, strategies, draw_rounds, see, draw_run))
+    sources = drr, inspect.getmodule(type(transformer)), strategies, draw_rounds, see, draw_run
+    code = "".join(inspect.getsource(part) for part in sources)
     evaluate.claim_folder(out, [drr.fingerprint(vae), drr.fingerprint(transformer), names, str(dtype),
                                 device.type, args.images, network.name, vars(base.sample),
                                 hashlib.sha256(code.encode()).hexdigest()])
