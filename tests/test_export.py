@@ -13,8 +13,7 @@ import pytest
 import torch
 from conftest import REPO, TESTS, sample_section, transformer_section, vae_section
 from PIL import Image
-from processes import execute
-from test_mistakes import assert_refused
+from processes import execute, refused
 
 import drr
 import export
@@ -184,7 +183,7 @@ def test_mistakes_with_exported_models_are_one_sentence(draw, exported, tmp_path
     other = make_checkpoint(tmp_path / "other", seed=1)
     for flag, value, word in (("--checkpoint", other, "another checkpoint"), ("--precision", "bf16", "fp32")):
         done = draw("--backend", "onnx", flag, value)
-        assert_refused(done.returncode, done.stderr, word)
+        refused(done, word)
     assert not (tmp_path / "p.png").exists()
 
 
@@ -194,7 +193,7 @@ def test_what_needs_a_gpu_says_so(exported, out, monkeypatch):
         backends.load("trt", exported[1], CPU)
     done = execute("export.py", "--checkpoint", exported[0], "--out", out, "--max-batch", 5, "--trt",
                    cwd=out.parent)
-    assert_refused(done.returncode, done.stderr, "TensorRT")
+    refused(done, "TensorRT")
     assert "up to date" in done.stdout                             # the graphs, which are kept
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: SimpleNamespace(cuda_stream=0))
     with pytest.raises(drr.UserError, match="CUDA"):               # never a silent fall back to the CPU
@@ -265,7 +264,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_the_earlier_export(exported, out
     limited = ("import resource, signal\nsignal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
                "resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))")      # full in mid-file
     done = execute("export.py", "--checkpoint", exported[0], "--out", out, cwd=out.parent, before=limited)
-    assert_refused(done.returncode, done.stderr, "could not be written")
+    refused(done, "could not be written")
     assert (out / "manifest.json").read_text() == before
     assert files_in(out) == {"manifest.json", *files_of(backends.read_manifest(out))}
 
