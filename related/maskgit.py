@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 import drr
 from drr import UserError
 from support import models, official
-from support.common import BUNDLED, load_config, run
+from support.common import load_config, run
 from support.runs import refuse_replacing
 
 # Of the published widths: heads, which a state dict does not tell, and guidance, 1 + theirs.
@@ -272,10 +272,7 @@ def main():
     guidance = GUIDANCE.get(config.transformer.d_model, 1.5)
     vars(config.sample).update(t_draft=32, t_revise=2, rounds=1, draft_guidance=guidance,
                                revise_guidance=guidance)
-    classes = titles = [str(i) for i in range(transformer.null)]
-    if transformer.null == 1000:                     # ImageNet's, in the order of their folders' names
-        meta = drr.read_model(BUNDLED / "transformer.safetensors")[1]
-        classes, titles = meta["classes"], meta["titles"]
+    classes, titles = official.class_names(transformer.null)
     drr.save_vae(vae_path, vae, config)
     drr.save_transformer(path, transformer, config, classes, titles, vae)
     count = sum(p.numel() for p in transformer.parameters())

@@ -21,7 +21,7 @@ from torch import nn
 import drr
 from drr import UserError
 from support import models, official
-from support.common import BUNDLED, load_config, run, sampling_values
+from support.common import load_config, run, sampling_values
 from support.runs import refuse_replacing
 
 
@@ -270,10 +270,7 @@ def main():
     config.sample = sampling_values(config, [], transformer.positions)
     classes = titles = [""]
     if config.transformer.cond == "class":
-        classes = titles = [str(i) for i in range(conditions)]
-        if conditions == 1000:                       # ImageNet's, in the order of their folders' names
-            meta = drr.read_model(BUNDLED / "transformer.safetensors")[1]
-            classes, titles = meta["classes"], meta["titles"]
+        classes, titles = official.class_names(conditions)
     drr.save_vae(paths[0], vae, config)
     drr.save_transformer(paths[1], transformer, config, classes, titles, vae)
     count = sum(p.numel() for p in transformer.parameters())

@@ -1,11 +1,12 @@
-"""Published weights of the RQ-VAE (kakaobrain/rq-vae-transformer) in this project's names."""
+"""Published weights: how a release is read, and the RQ-VAE of kakaobrain/rq-vae-transformer in our names."""
 from pathlib import Path
 from zipfile import is_zipfile
 
 import torch
 from safetensors.torch import load_file
 
-from drr import RQVAE, UserError, explained, fill, save_vae
+from drr import RQVAE, UserError, explained, fill, read_model, save_vae
+from support.common import BUNDLED
 from support.runs import refuse_replacing
 
 
@@ -43,6 +44,15 @@ def read_state(path, kind, key="state_dict"):
         raise UserError(f"{path} holds other things than tensors, so it is no {kind} release; give another "
                         "file.")
     return state
+
+
+def class_names(count):
+    """Names and titles of a release's classes: ImageNet's where there are 1,000, in the order of their
+    folders' names, else numbers."""
+    if count != 1000:
+        return [[str(i) for i in range(count)]] * 2
+    meta = read_model(BUNDLED / "transformer.safetensors")[1]
+    return meta["classes"], meta["titles"]
 
 
 def load_official_rqvae(path, c):
