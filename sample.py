@@ -2,11 +2,14 @@
 
     python sample.py --class 980                                     # 16 samples of it in one picture
     python sample.py --class volcano --strip --num 4                 # from the draft to the last revision
+    python sample.py --checkpoint DIR --text "a volcano at night"    # of a checkpoint that was trained on texts
     python sample.py --class 980 --m 4 top_k=100                     # any value of config.yaml's `sample`
     python sample.py --image IN.png --region 8,8,24,24 --class 980   # repaint a region as another class
     python sample.py --reconstruct IN.png                            # what the RQ-VAE keeps, by depth
 """
+import itertools
 import math
+import re
 import time
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
@@ -19,9 +22,9 @@ from tqdm import tqdm
 import drr
 from drr import UserError
 from support import models
-from support.common import (BUNDLED, add_device_arguments, crop, grid, open_image, pick_classes, pick_device,
-                            precision_name, reconstructions, resize_mask, run, sampling_values, save_picture,
-                            to_float, to_pixels)
+from support.common import (BUNDLED, add_device_arguments, crop, grid, open_image, pick_conditions,
+                            pick_device, precision_name, reconstructions, resize_mask, run, sampling_values,
+                            save_picture, to_float, to_pixels)
 
 # A flag is another way to write key=value.
 FLAGS = [("--t-draft", "t_draft", "updates of the draft"),
@@ -40,7 +43,11 @@ def parse_arguments():
     add = parser.add_argument
     add("--class", dest="classes", metavar="C", help="index, folder name (wnid) or name of a class, or "
         "`none` for the null class; several, separated by commas, are used in turn")
-    add("--num", type=int, metavar="N", help="number of pictures in all (16, or as many as classes)")
+    add("--text", action="append", default=[], metavar="T", help="what the picture shows; may be repeated")
+    add("--text-file", metavar="FILE", help="texts, one a line")
+    add("--best-of", type=int, default=1, metavar="N", help="draw each picture N times, keep the best by --clip")
+    add("--clip", metavar="DIR", help="the folder of a CLIP model, which compares pictures and texts")
+    add("--num", type=int, metavar="N", help="number of pictures in all (16, or as many as classes or texts)")
     add("--seed", type=int, default=0, help="picture i of a seed is the same in any batch (0)")
     add("--out", metavar="PNG", help="the grid of all pictures (samples/CLASS_seedSEED.png)")
     add("--out-dir", metavar="DIR", help="also one PNG per picture: 000.png, 001.png, ...")
@@ -114,7 +121,7 @@ def repaint_mask(args, picture):
 
 def output_paths(args, num):
     """The grid's path and those of the single pictures. Fails before the work rather than after it."""
-    name = (args.classes or "sample").replace(",", "-").replace(" ", "_").replace("/", "_")[:40]
+    name = re.sub(r"[^\w-]+", "_", (args.classes or " ".join(args.text) or "sample").replace(",", "-"))[:40]
     out = Path(args.out or f"samples/{name}_seed{args.seed}.png")
     single = [] if args.out_dir is None else [Path(args.out_dir) / f"{i:03d}.png" for i in range(num)]
     taken = {Path(path).resolve() for path in (args.image, args.mask, args.reconstruct) if path}
@@ -192,18 +199,24 @@ def main():
     if parts != bool(args.image) or args.paste and not args.image:
         raise UserError("Repainting needs --image with either --region or --mask; --paste goes with them.")
     model, info, device = load_model(args, device, dtype)
-    classes = pick_classes(args.classes, info)
+    if args.text_file:
+        from support.text import read_lines
+        args.text += read_lines(args.text_file)
+    conditions, names = pick_conditions(args.classes, args.text, info, model.null)             # (C, L)
+    conditions = conditions.to(device)
     c = sampling_values(info, args.flags + args.overrides, model.positions)
     decode = models.kind(info.transformer).decode
     if args.compile and decode is not drr.draft_and_revise:
         raise UserError("--compile is for the updates of Draft-and-Revise; leave it out here.")
-    if set(classes) == {None}:                               # null against null: guidance changes nothing
+    if (conditions == model.null).all():                     # null against null: guidance changes nothing
         c.draft_guidance = c.revise_guidance = 1.0
     if args.backend != "torch":                              # the largest power of two that the graphs take
         c.batch_size = min(c.batch_size, 2 ** int(math.log2(model.max_batch)))
-    num = args.num if args.num is not None else max(16, len(classes))
-    if not len(classes) <= num <= 100_000:
-        raise UserError(f"--num is {num}; expected {len(classes)} (one for each class) to 100000.")
+    num = args.num if args.num is not None else max(16, len(names))
+    if not len(names) <= num <= 100_000:
+        raise UserError(f"--num is {num}; expected {len(names)} (one for each class or text) to 100000.")
+    if not 1 <= args.best_of <= 1000 or (args.best_of > 1) != bool(args.clip) or args.clip and not args.text:
+        raise UserError("--best-of N, from 2 to 1000, needs --clip DIR and --text, and --clip needs --best-of.")
     if not 0 <= args.seed < 2 ** 63:
         raise UserError(f"--seed is {args.seed}; expected a number from 0 to {2 ** 63 - 1}.")
     original = mask = codes = region = None
@@ -222,49 +235,61 @@ def main():
         from support import fast
         update = fast.compiled_update(model)
 
+    clip = None
+    if args.clip:
+        from support.text import Clip
+        clip = Clip(args.clip, device)
+
     # --- codes, in batches; then pixels ---------------------------------------------------------------------
-    labels = [model.null if k is None else k for k in classes]
     keep = sorted({round(t) for t in np.linspace(0, c.t_draft - 1, 6)}) if args.strip else ()
-    pixels, strips = [], []
+    pixels, strips, best = num * [None], num * [()], np.full(num, -np.inf)
     started = time.time()
-    updates = (c.t_draft + c.rounds * c.t_revise) * math.ceil(num / c.batch_size)
+    updates = (c.t_draft + c.rounds * c.t_revise) * math.ceil(num / c.batch_size) * args.best_of
     with tqdm(total=updates, desc="sampling", unit="update") as bar:
-        for first in range(0, num, c.batch_size):
+        for first, attempt in itertools.product(range(0, num, c.batch_size), range(args.best_of)):
             count = min(c.batch_size, num - first)
             # Batches are powers of two, the last with spare pictures that are thrown away: at these sizes a
             # CPU's products gave the same bits for a picture in any batch, at 3 those of bf16 did not. Other
             # backends may differ. What is compiled is compiled for one size.
             size = min(num, c.batch_size) if args.compile else count
-            images = range(first, first + 2 ** math.ceil(math.log2(size)))
-            cond = torch.tensor([[labels[i % num % len(labels)]] for i in images], device=device)  # (B, 1)
-            known = None if codes is None else codes.expand(len(images), -1, -1)                   # (B, N, D)
+            places = range(first, first + 2 ** math.ceil(math.log2(size)))
+            cond = conditions[[i % num % len(names) for i in places]]                              # (B, L)
+            known = None if codes is None else codes.expand(len(places), -1, -1)                   # (B, N, D)
+            images = [100_000 * attempt + i for i in places]
             drawn, states = generate(model, decode, cond, images, args.seed, c, update, bar, known, region,
                                      keep)
             if args.paste:
                 drawn, *states = (torch.where(mask, x, original) for x in (drawn, *states))
-            pixels.extend(to_pixels(drawn[:count]))
-            if args.strip:
-                strips.extend(to_pixels(torch.stack(states, 1)[:count].flatten(0, 1)))
-            for path, image in zip(single[first:first + count], pixels[first:]):
-                save_picture(Image.fromarray(image), path)
+            scores = np.zeros(count)
+            if clip:
+                texts = [args.text[i % len(names)] for i in places[:count]]
+                scores = clip.score(drawn[:count], texts).numpy()
+            for i in first + np.flatnonzero(scores > best[first:first + count]):
+                best[i] = scores[i - first]
+                pixels[i] = to_pixels(drawn[i - first:][:1])[0]
+                if args.strip:
+                    strips[i] = to_pixels(torch.stack([state[i - first] for state in states]))
+                if single:
+                    save_picture(Image.fromarray(pixels[i]), single[i])
     seconds = time.time() - started
 
     # --- the grid -------------------------------------------------------------------------------------------
     shown = min(num, 400)
     tiles = pixels[:shown]
-    columns = len(classes) if 1 < len(classes) <= 16 else math.ceil(math.sqrt(shown))
+    columns = len(names) if 1 < len(names) <= 16 else math.ceil(math.sqrt(shown))
     if args.strip:
         columns = len(keep) + c.rounds
-        tiles = strips[:shown * columns]
+        tiles = [state for states in strips[:shown] for state in states]
     elif args.image:
         columns = min(shown + 2, 6)
         tiles = [*to_pixels(torch.cat([original, torch.where(mask, 0.0, original)])), *tiles]
     save_picture(grid(tiles, columns, max(1, 128 // model.size)), out)
-    named = ", ".join("no class" if k is None else f"{info.titles[k]} ({k})" for k in classes[:8])
-    named += ", ..." * (len(classes) > 8)
+    named = ", ".join(names[:8]) + ", ..." * (len(names) > 8)
     precision = precision_name(dtype) if args.backend == "torch" else model.precision
     print(f"{named}: {num} images in {seconds:.1f} s, {seconds / num:.2f} s per image ({args.backend}, "
           f"{device}, {precision}) -> {out}" + f" (the first {shown})" * (shown < num))
+    if clip:
+        print(f"the best of {args.best_of} each, by {clip.name}: mean score {best.mean():.4f}")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@
 """
 import copy
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -47,13 +48,12 @@ def validation_loss(transformer, random_mask, codes, cond, seed, dtype):
     return total / mask.sum().item()
 
 
-def save_samples(transformer, decode, vae, c, device, dtype, path):
-    """Saves 16 samples as a picture: classes spread over all of them, the same seeds every time."""
+def save_samples(transformer, decode, vae, c, cond, device, dtype, path):
+    """Saves samples of the conditions cond (16, L) as a picture, with the same seeds every time."""
     # TorchModel converts what it gets: a copy, that of the weights in no more than the decode's precision.
     weights = {id(p): torch.nn.Parameter(p.to(device, dtype), False) for p in transformer.parameters()}
     model = drr.TorchModel(copy.deepcopy(vae), copy.deepcopy(transformer, weights), device, dtype)
-    cond = torch.linspace(0, max(0, model.null - 1), 16, device=device).long()[:, None]
-    codes = drr.sample(model, cond, 0, range(16), c, decode=decode)                # (16, N, D)
+    codes = drr.sample(model, cond.to(device), 0, range(len(cond)), c, decode=decode)      # (16, N, D)
     save_picture(grid(to_pixels(model.decode(codes)), 4, max(1, 128 // vae.size)), path)
 
 
@@ -67,7 +67,11 @@ def build(c, conditions, vae, weights, device):
     for block in (*transformer.spatial, *transformer.depthwise):
         block.dropout.p = c.dropout
     if weights:
-        drr.fill(transformer, drr.read_model(weights)[0], weights)
+        tensors = drr.read_model(weights)[0]
+        if c.cond == "text" and len(tensors.get("cond_pos", ())) != transformer.cond_length:
+            print(f"{weights} knows other conditions: these are learned from scratch")
+            tensors |= {name: p for name, p in transformer.state_dict().items() if name.startswith("cond_")}
+        drr.fill(transformer, tensors, weights)
     # DEVIATION: a moving average of the weights is the result; the paper does not say that it has one.
     average = copy.deepcopy(transformer).requires_grad_(False).eval()
     if c.shard:
@@ -95,11 +99,13 @@ def optimizers(transformer, c):
 
 
 def load_data(args, config, vae, states, out, dtype, exact, device):
-    """The Views, their codes (1 or 2, M, N, D) or None if each step encodes its own, codes (B, N, D) and
-    conditions (B, 1) of up to 1,024 images of DIR/val or None, the settings that a resumed run must share,
-    the classes' names and titles. exact: the precision of the codes."""
+    """A namespace: `views`; their `cache`d codes (1 or 2, M, N, D), or None if each step encodes its own;
+    `captions`, or None; `val`: codes (B, N, D) and conditions (B, L) of up to 1,024 images of DIR/val, or None;
+    `shown`, conditions (16, L) for pictures; the `settings` that a resumed run must share; the `classes`'
+    names and `titles`. exact: the precision of the codes."""
     c = config.transformer
-    files, labels, classes = data.find_images(args.data, out=out)
+    of_text = c.cond == "text"
+    files, labels, classes = data.find_images(args.data, out=out, captions=of_text)
     if c.cond == "class" and classes == [""]:
         raise UserError(f"{args.data} names no classes; add folders for them or set transformer.cond=none.")
     titles = data.class_titles(args.data, classes)
@@ -108,33 +114,60 @@ def load_data(args, config, vae, states, out, dtype, exact, device):
     settings = runs.settings_of(config, ("transformer", "data"), str(dtype), content)
     settings["the RQ-VAE"] = drr.code_fingerprint(vae)
     states.lock()
-    cache = val = None
+    cache = val = captions = None
+    if of_text:
+        from support import text
+        captions = text.Captions(files, out, args, c)
+        views.select(captions.count[views.file_of] > 0)
+        settings["the captions"] = captions.digest
+        c.tokenizer = captions.tokenizer                       # with the section it goes into the checkpoint
+        classes = titles = [""]
     if not (c.soft_labels or c.stochastic_codes):              # they need z, which is too large to store
         cache = data.cached_codes(views, vae, out / "codes", device, exact)
     elif config.data.in_memory:
         views.load(device)
-    images, labels = data.validation_images(args.data, vae.size, 1024, classes)
+    images, labels = data.validation_images(args.data, vae.size, 1024, None if of_text else classes)
+    shown = torch.linspace(0, max(0, drr.conditions(c, classes) - 1), 16).long()[:, None]      # of all classes
     if images is not None:
         codes = [data.encode(vae, to_float(x, device), exact) for x in images.split(128)]
-        val = torch.cat(codes), (labels[:, None] * (c.cond == "class")).to(device)
-    return views, cache, val, settings, classes, titles
+        cond = text.tokenize(c.tokenizer, labels) if of_text else labels[:, None] * (c.cond == "class")
+        val = torch.cat(codes), cond.to(device)
+    if of_text:
+        known = np.flatnonzero(captions.count)
+        texts = labels or [files.texts(i)[0] for i in known[::-(-len(known) // 16)]]
+        texts = [texts[i * len(texts) // 16] for i in range(16)]
+        shown = text.tokenize(c.tokenizer, texts)
+        if drr.ranks()[0] == 0:
+            (out / "samples.txt").write_text("\n".join(texts) + "\n")          # what the pictures show
+    return SimpleNamespace(views=views, cache=cache, captions=captions, val=val, shown=shown,
+                           settings=settings, classes=classes, titles=titles)
 
 
 def batches(views, cache, start, stop):
-    """Yields each step's codes (B', N, D), or its images (B', 3, S, S) where none are cached, and labels."""
+    """Yields each step's codes (B', N, D), or its images (B', 3, S, S) where none are cached, and its views."""
     if cache is None:
         yield from (batch[:2] for batch in views.batches(start, stop))
         return
     for step in range(start, stop):
         index, flips = (drawn[views.rows] for drawn in views.draw(step))
         codes = torch.from_numpy(cache[flips.astype(int), index].astype(np.int64))
-        yield codes, torch.from_numpy(views.labels[index])
+        yield codes, index
+
+
+def conditions(source, c, index, seed, step):
+    """The conditions (B', L) of this rank's views `index` (B',) of a step: a caption of each, drawn anew every
+    time, or its class."""
+    views = source.views
+    if source.captions:
+        uniforms = np.random.default_rng([seed, step, 4]).random(views.batch_size)[views.rows]
+        return source.captions.draw(views.file_of[index], uniforms)
+    return torch.from_numpy(views.labels[index])[:, None] * (c.cond == "class")
 
 
 # === A step: codes or images, mask, condition -> gradients ==================================================
 def gradients(forward, vae, c, batch, count, exact, dtype, device):
     """Adds up the gradients of this rank's part of a step, in `count` micro-batches. batch: codes (B', N, D)
-    or images, masks (B', N), conditions (B', 1), noise of stochastic codes (B', N, D); and how many stacks
+    or images, masks (B', N), conditions (B', L), noise of stochastic codes (B', N, D); and how many stacks
     are hidden on all ranks. Returns {name: (D,)}, to be added up over the ranks, and the codes (B', N, D)."""
     *batch, n_hidden = batch
     terms, seen = {}, []
@@ -160,6 +193,8 @@ def main():
     # --- set-up ---------------------------------------------------------------------------------------------
     parser = runs.arguments(__doc__)
     parser.add_argument("--vae", metavar="FILE", help="the trained RQ-VAE (OUT/vae.safetensors)")
+    parser.add_argument("--tokenizer", nargs=2, metavar=("VOCAB", "MERGES"),
+                        help="of texts: vocab.json and merges.txt (trained on the captions)")
     args = parser.parse_intermixed_args()
     config = load_config(args.preset, args.overrides, ("data", "transformer", "sample"))
     c = config.transformer
@@ -168,8 +203,8 @@ def main():
     device, dtype = runs.join_ranks(args)
     exact = dtype if args.precision == "bf16" else torch.float32       # of codes: as in stage 1
     rank = drr.ranks()[0]
-    if c.cond == "text":
-        raise UserError("There is no text data yet; use transformer.cond=class or transformer.cond=none.")
+    if args.tokenizer and c.cond != "text":
+        raise UserError("--tokenizer is for transformer.cond=text; leave it out.")
     if c.muon_lr and c.shard:
         raise UserError("Muon needs whole matrices; leave transformer.muon_lr or transformer.shard out.")
     if c.cond_dropout and not kind.null:
@@ -184,15 +219,15 @@ def main():
         raise UserError(f"{beside} is another RQ-VAE than {path}; choose another --out.")
     N, D = vae.to(device).side ** 2, vae.quantizer.depth
     how = sampling_values(config, (), N)     # of the pictures; refuses what sample.py would refuse
-    data_of_run = load_data(args, config, vae, states, out, dtype, exact, device)
-    views, cache, val, settings, classes, titles = data_of_run
-    views.rows = rows
+    source = load_data(args, config, vae, states, out, dtype, exact, device)
+    source.views.rows = rows
 
     # --- model ----------------------------------------------------------------------------------------------
     torch.manual_seed(config.data.seed)      # the initial weights
-    transformer, ema, opt, muon, whole_ema = build(c, drr.conditions(c, classes), vae, args.init, device)
+    number = drr.conditions(c, source.classes)
+    transformer, ema, opt, muon, whole_ema = build(c, number, vae, args.init, device)
     parts = {"transformer": transformer, "ema": ema, "opt": opt, "muon": muon}
-    start = states.begin(parts, settings, c.shard)
+    start = states.begin(parts, source.settings, c.shard)
     if rank == 0 and not beside.exists():
         drr.save_vae(beside, vae, config, drr.former_fingerprints(path, vae))
     forward = runs.parallel(torch.compile(transformer) if c.compile else transformer, device, c.shard)
@@ -201,14 +236,14 @@ def main():
     operations = step_operations(transformer, kind.hidden)
     log = runs.Log(out, "transformer", transformer, c, start, count, operations, device, dtype)
     stop = runs.StopSignal()
-    drawn = batches(views, cache, start, c.steps)
+    drawn = batches(source.views, source.cache, start, c.steps)
     for step in runs.progress("train_transformer", start, c.steps):
         rate = runs.learning_rate(step, c)
         mask_noise, drop_noise, code_noise = training_noise(config.data.seed, step, c.batch_size, N, D)
-        inputs, labels = next(drawn)
+        inputs, index = next(drawn)
         mask = kind.random_mask(mask_noise)  # (B, N), m of the whole batch
         kept = drop_noise[rows, None] >= c.cond_dropout
-        cond = (labels[:, None] * (c.cond == "class")).where(kept, transformer.null)       # (B', 1)
+        cond = conditions(source, c, index, config.data.seed, step).where(kept, transformer.null)  # (B', L)
         torch.manual_seed(int(np.random.default_rng([config.data.seed, step, 3, rank]).integers(2 ** 63)))
         batch = inputs, mask[rows], cond, code_noise[rows], mask.sum()
         terms, codes = gradients(forward, vae, c, batch, count, exact, dtype, device)
@@ -232,22 +267,25 @@ def main():
             val_loss = None
             if look and rank == 0:
                 result.to(device)
-                if val:
-                    val_loss = validation_loss(result, kind.random_mask, *val, config.data.seed, dtype)
-                save_samples(result, kind.decode, vae, how, device, dtype, out / f"samples_{done:06d}.png")
+                if source.val:
+                    val_loss = validation_loss(result, kind.random_mask, *source.val, config.data.seed, dtype)
+                picture = out / f"samples_{done:06d}.png"
+                save_samples(result, kind.decode, vae, how, source.shown, device, dtype, picture)
                 result.to("cpu" if c.shard else device)
             loss, norm = by_depth["loss"].double().mean().item(), terms["grad_norm"].item()
             log.write(done, by_depth, loss=loss, grad_norm=norm, lr=rate, val_loss=val_loss)
         if save:
             states.save(done)
             if rank == 0 and not stopping:
-                drr.save_transformer(out / "transformer.safetensors", result, config, classes, titles, vae)
+                drr.save_transformer(out / "transformer.safetensors", result, config, source.classes, source.titles,
+                                     vae)
         log.end_step(look)
         if stopping and not last:
             stop.leave(done)
     result = whole_ema()                     # also if nothing was left to train: with today's sampling values
     if rank == 0:
-        drr.save_transformer(out / "transformer.safetensors", result, config, classes, titles, vae)
+        drr.save_transformer(out / "transformer.safetensors", result, config, source.classes, source.titles,
+                                     vae)
     print(f"wrote {out / 'transformer.safetensors'}")
 
 

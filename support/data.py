@@ -4,6 +4,7 @@ A *view* is one square crop of one file: view 0 is the central square, the other
 scales, the same in every run. A data set is a fixed list of views, so that an image in memory, one decoded by
 a thread and one whose codes were computed last week are the same.
 """
+import codecs
 import collections
 import csv
 import functools
@@ -33,10 +34,11 @@ class Files:
     """F images; item i is a Path or, of archives, a shards.Picture. The names are kept in an array: a million
     Paths would be 400 MB."""
 
-    def __init__(self, root, names, table=None):
+    def __init__(self, root, names, table=None, captions=None):
         self.root = Path(root)
         self.names = np.array([os.fsencode(name) for name in names])           # (F,) of a fixed width
         self.table = table                                   # of archives
+        self.captions = captions                             # those in archives or a list, (F,)
 
     def __len__(self):
         return len(self.names)
@@ -47,6 +49,17 @@ class Files:
             return self.root / name
         from support.shards import Picture
         return Picture(self.root, name, self.table, int(i))
+
+    def texts(self, i):
+        """The captions of image i, one a line: those in an archive or a list, else of KEY.txt beside KEY.jpg.
+        [] where there are none, or not in UTF-8."""
+        try:
+            found = self[i].with_suffix(".txt").read_bytes() if self.captions is None else self.captions[i]
+            found = found if isinstance(found, list) else [found or ""]
+            found = [text.decode("utf-8-sig") if isinstance(text, bytes) else text or "" for text in found]
+        except (FileNotFoundError, UnicodeDecodeError):
+            return []
+        return [line.strip() for text in found for line in text.splitlines() if line.strip()]
 
     @functools.cached_property
     def content(self):
@@ -83,10 +96,38 @@ def split_of(directory, split):
     return None, []
 
 
-def find_images(directory, split="train", out=None):
+def caption_list(directory, split):
+    """The list of images with captions, DIR/split.tsv or (the official code's) DIR/split_list.txt, or None."""
+    names = (Path(directory) / name for name in (f"{split}.tsv", f"{split}_list.txt"))
+    return next(filter(Path.is_file, names), None)
+
+
+def listed_images(path):
+    """The Files in a list of captions, of which each line is a path relative to it, a TAB and a caption; a path
+    in several lines has several. Paths without a file are left out and counted."""
+    found = collections.defaultdict(list)
+    for line in path.read_bytes().removeprefix(codecs.BOM_UTF8).splitlines():
+        name, _, caption = line.partition(b"\t")
+        found[os.fsdecode(name)].append(caption)
+    with ThreadPoolExecutor() as pool:                       # because a network disk answers slowly
+        there = list(pool.map(lambda name: (path.parent / name).is_file(), found))
+    names = [name for name, exists in zip(found, there) if exists]
+    if not names:
+        raise UserError(f"{path} names no image that exists; expected lines PATH<TAB>CAPTION, the paths "
+                        f"relative to {path.parent}.")
+    if ranks()[0] == 0:
+        print(f"{path}: {len(names)} images; {len(found) - len(names)} others do not exist", file=sys.stderr)
+    return Files(path.parent, names, captions=[found[name] for name in names])
+
+
+def find_images(directory, split="train", out=None, captions=False):
     """Images of DIR/split/<class>/*, or of the archives DIR/split/*.tar or *.parquet (of DIR when there is no
     DIR/train). Returns the files in a fixed order, their labels (F,) int64 and the class names (without
-    classes one, ""). UserError without images, and where a training would write to `out` among them."""
+    classes one, ""). UserError without images, and where a training would write to `out` among them.
+    captions: for a model of text; then a list of images with captions comes first."""
+    if captions and caption_list(directory, split):
+        files = listed_images(caption_list(directory, split))
+        return files, np.zeros(len(files), np.int64), [""]
     root, archives = split_of(directory, split)
     if root is None:
         raise UserError(f"The folder {directory} does not exist; give one that holds images.")
@@ -99,17 +140,19 @@ def find_images(directory, split="train", out=None):
     if out and os.path.realpath(out) in {os.path.realpath(root / folder) for folder in inside}:
         raise UserError(f"--out {out} holds images of --data; choose another folder, or the training "
                         "would see the pictures that it draws itself.")
+    table = texts = None
     if archives:
         from support.shards import open_archives
-        table, names, labels, classes = open_archives(archives, [wnid for wnid, _ in class_table(directory)])
+        table, names, labels, classes, texts = open_archives(archives, [k for k, _ in class_table(directory)])
     else:
+        unused = [path for path in unused if not captions or not path.endswith(".txt")]
         if unused and ranks()[0] == 0:
             print(f"{root}: not used, as no images: {len(unused)} files or folders, for example "
                   f"{', '.join(unused[:3])}", file=sys.stderr)
         if not names:
             raise UserError(f"{root} holds no images; expected <class>/*.jpg in it, or just images "
                             f"({', '.join(sorted(EXTENSIONS))}), or *.tar or *.parquet.")
-        table, class_of = None, [name.partition("/")[0] if "/" in name else "" for name in names]
+        class_of = [name.partition("/")[0] if "/" in name else "" for name in names]
         classes, labels = np.unique(class_of, return_inverse=True)             # sorted
         classes = classes.tolist()
         if len(classes) > 1 and classes[0] == "":
@@ -117,7 +160,7 @@ def find_images(directory, split="train", out=None):
     if ranks()[0] == 0:
         shown = len(classes) if len(classes) > 8 else ", ".join(classes) or "none"
         print(f"{root}: {len(names)} images; classes: {shown}", file=sys.stderr)
-    return Files(root, names, table), labels, classes
+    return Files(root, names, table, texts), labels, classes
 
 
 def pictures(root, inside, unused, splits=(), above=()):
@@ -176,7 +219,7 @@ def epoch_order(seed, epoch, n):
 
 class Views(torch.utils.data.Dataset):
     """The M views of a data set and the probability of drawing each. Item t, for any t >= 0, is the batch of
-    step t: uint8 images (B, 3, S, S), labels (B,), and how many of the images stand in for a file that could
+    step t: uint8 images (B, 3, S, S), their views (B,), and how many of them stand in for a file that could
     not be read. `rows` are those of the batch that this process makes: all, unless a caller sets others."""
     BLOCK = 256                                              # files decoded together
 
@@ -303,7 +346,7 @@ class Views(torch.utils.data.Dataset):
             images = torch.stack(images)
         flips = torch.from_numpy(flips).to(images.device)
         images = torch.where(flips[:, None, None, None], images.flip(-1), images)
-        return images, torch.from_numpy(self.labels[views]), int((views != drawn).sum())
+        return images, views, int((views != drawn).sum())
 
     def batches(self, start, stop):
         """Yields the batches of steps start .. stop - 1, decoded ahead in threads unless in memory."""
@@ -319,30 +362,35 @@ class Views(torch.utils.data.Dataset):
             yield from (batch.result() for batch in ahead)
 
 
-def validation_images(directory, size, count, classes):
-    """Up to `count` central crops of DIR/val, spread over it, uint8 (B, 3, S, S), and labels, indices of
-    `classes` (all 0 where those are [""]); (None, None) without DIR/val, UserError where it has none of them.
-    """
-    if split_of(directory, "val")[0] is None:
+def validation_images(directory, size, count, classes=None):
+    """Up to `count` central crops of DIR/val, spread over it, uint8 (B, 3, S, S), and labels (B,), indices of
+    `classes` (all 0 where those are [""]); without `classes` a list of captions instead. (None, None) without
+    DIR/val, UserError where it has none of them."""
+    if split_of(directory, "val")[0] is None and (classes or not caption_list(directory, "val")):
         return None, None
-    files, labels, names = find_images(directory, "val")
-    number = dict.fromkeys(names, 0) if classes == [""] else {name: i for i, name in enumerate(classes)}
-    known = [i for i in range(len(files)) if names[labels[i]] in number]
-    found, damaged = [], 0                                   # (image, label)
+    files, labels, names = find_images(directory, "val", captions=classes is None)
+    if classes is None:
+        known = {i: texts[0] for i, texts in enumerate(map(files.texts, range(len(files)))) if texts}
+    else:
+        number = dict.fromkeys(names, 0) if classes == [""] else {name: i for i, name in enumerate(classes)}
+        known = {i: number[names[k]] for i, k in enumerate(labels) if names[k] in number}
+    places = list(known)
+    found, damaged = [], 0                                   # (image, label or caption)
     for k in np.linspace(0, len(known) - 1, min(count, len(known))).astype(int):
         try:
-            image = crop(open_image(files[known[k]]), size)
-            found.append((image, number[names[labels[known[k]]]]))
+            found.append((crop(open_image(files[places[k]]), size), known[places[k]]))
         except UserError:                                    # a damaged file is not fatal here either
             damaged += 1
     if not found:
-        raise UserError(f"{directory}/val, with {', '.join(names[:3])}, holds no readable image of the "
-                        f"training's classes ({', '.join(classes[:3])}, ...); repair it or move it away.")
+        needed = f"of the training's classes ({', '.join(classes[:3])}, ...)" if classes else "with a caption"
+        raise UserError(f"{directory}/val, with {', '.join(names[:3])}, holds no readable image {needed}; "
+                        "repair it or move it away.")
     if len(known) < len(files) or damaged:
-        print(f"{directory}/val: left out {len(files) - len(known)} images of classes that the training "
-              f"lacks and {damaged} that cannot be read")
+        print(f"{directory}/val: left out {len(files) - len(known)} images "
+              f"{'of classes that the training lacks' if classes else 'without a caption'} and {damaged} that "
+              "cannot be read")
     images, labels = zip(*found)
-    return torch.stack(images), torch.tensor(labels)
+    return torch.stack(images), torch.tensor(labels) if classes else list(labels)
 
 
 # === Token cache: views -> codes, computed once =============================================================

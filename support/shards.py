@@ -19,6 +19,7 @@ except ImportError:
     raise UserError("Tar and Parquet files need `datasets`: pip install -r requirements-data.txt.") from None
 
 KINDS = "jpg jpeg png webp JPG JPEG PNG WEBP".split()        # of pictures in a tar
+CAPTIONS = "txt caption captions text".split()               # columns of texts, in a tar the first only
 EXPECTED = ("expected in a tar KEY.jpg (.jpeg, .png, .webp; no dot in KEY) and after it KEY.cls, the number "
             'of its class, or KEY.json with a "label"; in Parquet files a column of images and a ClassLabel')
 
@@ -39,8 +40,9 @@ class Picture(NamedTuple):
 
 
 def open_archives(archives, class_names):
-    """Of tar or Parquet files: a table of pictures; their names; their labels (R,); and the class names, [""]
-    where none has a class. Raises UserError for damaged ones, and for a row without one picture or class."""
+    """Of tar or Parquet files: a table of pictures; their names; their labels (R,); the class names, [""] where
+    none has a class; and their captions (R,), texts, lists of texts, or None. Raises UserError for damaged
+    ones, and for a row without one picture or class."""
     table, root = read(archives), archives[0].parent
     kinds = table.features
     fields = [f for f, kind in kinds.items() if table.data.column(f).null_count < len(table) and
@@ -60,9 +62,11 @@ def open_archives(archives, class_names):
     if "json" in kinds and None in values:
         values = [document.get("label") if value is None and isinstance(document, dict) else value
                   for value, document in zip(values, table["json"][:])]
+    of_text = next((field for field in CAPTIONS if field in kinds), None)
+    captions = table[of_text] if of_text else len(table) * [None]
     table = table.select_columns(fields).with_format("arrow")
     if all(value is None for value in values):
-        return table, names, np.zeros(len(table), np.int64), [""]
+        return table, names, np.zeros(len(table), np.int64), [""], captions
     classes = getattr(kinds.get(of_class), "names", None) or class_names
     last = len(classes or range(2 ** 20)) - 1
     labels = np.array([v if isinstance(v, int) and 0 <= v <= last else -1 for v in values], np.int64)
@@ -70,7 +74,7 @@ def open_archives(archives, class_names):
         row = labels.argmin()
         raise UserError(f"{root} has the class {values[row]} for {names[row]}; expected a whole number from "
                         f"0 to {last}; {EXPECTED}.")
-    return table, names, labels, classes or [str(i) for i in range(labels.max() + 1)]
+    return table, names, labels, classes or [str(i) for i in range(labels.max() + 1)], captions
 
 
 def read(archives):
@@ -82,10 +86,12 @@ def read(archives):
     if not archives[0].name.lower().endswith(".parquet"):
         kind = "webdataset"                                  # which would infer these from five samples only
         features = datasets.Features({**dict.fromkeys(KINDS, datasets.Image()), "json": datasets.Json(),
-                                      "cls": datasets.Value("int64"), "__key__": datasets.Value("string")})
+                                      "cls": datasets.Value("int64"), "__key__": datasets.Value("string"),
+                                      "txt": datasets.Value("binary")})
     paths = [str(path.resolve()) for path in archives]
     try:
         builder = datasets.load_dataset_builder(kind, data_files={"train": paths}, features=features)
+        getattr(builder, "DECODERS", {}).pop("txt", None)    # else one that is not UTF-8 would end it all
         if kind == "webdataset" and not os.path.isdir(builder.cache_dir):
             for path in paths:
                 check(path)
