@@ -214,8 +214,8 @@ def pick_conditions(text, texts, info, null):
     if info.transformer.cond == "text" and not text:
         from support.text import prompts
         return prompts(info, texts), [repr(text) for text in texts]
-    if texts:
-        raise UserError("This checkpoint knows no texts; give --class instead of --text.")
+    if texts and info.transformer.cond != "text":
+        raise UserError("This checkpoint knows no texts; leave --text out, and give --class if it has classes.")
     classes = pick_classes(text, info)
     names = ["no class" if k is None else f"{info.titles[k]} ({k})" for k in classes]
     return torch.tensor([[null if k is None else k] for k in classes]), names

@@ -5,6 +5,7 @@ encoding of characters, as in RQ-Transformer's code): L ids, cut or padded with 
 [UNK] = 1. The model sees the padding, too. DEVIATION: no loss on the text itself. Its published counts include a head
 that predicts the next token of the text, which a bidirectional model would only have to copy.
 """
+import collections
 import hashlib
 import json
 import sys
@@ -24,6 +25,7 @@ from support.common import from_rank_0
 try:
     from tokenizers import Tokenizer
     from tokenizers.implementations import CharBPETokenizer
+    from tokenizers.models import BPE
 except ImportError:
     raise UserError("Text needs `tokenizers`: pip install -r requirements-text.txt.") from None
 
@@ -32,12 +34,21 @@ SPECIAL = ["[PAD]", "[UNK]"]                                 # ids 0 and 1
 
 # === The tokenizer: texts -> ids (B, L); it travels as JSON =================================================
 def train_tokenizer(captions, c):
-    """A tokenizer of at most c.text_vocab entries for the captions, an iterator over texts: its JSON."""
+    """A tokenizer of at most c.text_vocab entries for the captions, a list of texts: its JSON."""
     bpe = CharBPETokenizer(unk_token=SPECIAL[1], lowercase=True)
-    # Each character counts twice in the vocabulary, inside of a word and at its end.
-    bpe.train_from_iterator(captions, c.text_vocab, special_tokens=SPECIAL, show_progress=False,
-                            limit_alphabet=max(1, min(1000, c.text_vocab // 4)))
-    return finished(bpe, c)
+    # The library numbers characters that end a word, and chooses among equally frequent ones, in the order of
+    # a hash table, another in each process. Given all of them, it trains the same tokenizer every time.
+    counts = collections.Counter(letter for text in captions for letter in bpe.normalize(text) if letter != " ")
+    letters = sorted(counts, key=lambda letter: (-counts[letter], letter))[:max(1, min(1000, c.text_vocab // 4))]
+    ends = [f"{letter}</w>" for letter in letters]
+    bpe.train_from_iterator(captions, c.text_vocab, special_tokens=SPECIAL + ends, show_progress=False,
+                            initial_alphabet=letters, limit_alphabet=len(letters))
+    model = json.loads(bpe.to_str())["model"]
+    return finished(by_rules(model["vocab"], [tuple(pair) for pair in model["merges"]]), c)
+
+
+def by_rules(vocab, merges):
+    return CharBPETokenizer(vocab, merges, unk_token=SPECIAL[1], lowercase=True)
 
 
 def official_tokenizer(files, c):
@@ -47,7 +58,7 @@ def official_tokenizer(files, c):
         if not Path(path).is_file():
             raise UserError(f"The file {path} does not exist; --tokenizer takes vocab.json and merges.txt.")
     try:
-        bpe = CharBPETokenizer.from_file(*map(str, files), unk_token=SPECIAL[1], lowercase=True)
+        bpe = by_rules(*BPE.read_file(*map(str, files)))
     except Exception as error:                               # the library's own, plain Exceptions
         raise UserError(f"{' and '.join(map(str, files))} are no vocab.json and merges.txt ({error}); copy "
                         "them again, and give them in this order.") from None
@@ -73,7 +84,7 @@ def tokenize(tokenizer, texts):
 
 def prompts(info, texts):
     """Conditions (B, L) of the texts that a user asks for, by the tokenizer in a checkpoint's `info`. UserError
-    for none, one without a token, and a checkpoint without tokenizer. Says where a text is cut or unknown."""
+    for none, one without a known token, and a checkpoint without tokenizer. Says where a text is cut."""
     if not texts:
         raise UserError('Which text? This checkpoint is conditioned on text: give --text "a red fox".')
     if not hasattr(info.transformer, "tokenizer"):
@@ -85,7 +96,8 @@ def prompts(info, texts):
         if not known:
             raise UserError(f"Nothing of the text {text!r} is known to this checkpoint; use other words.")
         if code.overflowing:
-            print(f"{text!r} is cut after {' '.join(known).replace('</w>', '')!r}", file=sys.stderr)
+            seen = "".join(known).replace("</w>", " ").strip()
+            print(f"{text!r} is cut after {seen!r}", file=sys.stderr)
     return tokenize(info.transformer.tokenizer, texts)
 
 
@@ -125,11 +137,11 @@ class Captions:
                 raise UserError(f"{path}, the tokenizer of this run, is missing; start without --resume.")
             return path.read_text()
         if args.init:
-            held = read_model(args.init)[1]["transformer"].get("tokenizer")
-            if held:
-                with explained(args.init):
+            with explained(args.init):
+                held = read_model(args.init)[1]["transformer"].get("tokenizer")
+                if held:
                     return finished(Tokenizer.from_str(held), c)
-        return train_tokenizer((text for texts in self.read(files) for text in texts), c)
+        return train_tokenizer([text for texts in self.read(files) for text in texts], c)
 
     def read(self, files):
         if self.texts is None:
@@ -139,10 +151,9 @@ class Captions:
         return self.texts
 
     def write(self, files, table, first):
-        texts, parts = self.read(files), [np.zeros((0, 1))]
-        flat = [text for of_image in texts for text in of_image]
+        texts = self.read(files)
+        flat, parts = [text for of_image in texts for text in of_image], []
         with tqdm(total=len(flat), desc="tokenizing", unit="caption") as bar:
-            parts = []
             for i in range(0, len(flat), 4096):
                 parts.append(tokenize(self.tokenizer, flat[i:i + 4096]).numpy().astype(np.uint16))
                 bar.update(len(parts[-1]))
@@ -170,25 +181,27 @@ class Captions:
 def read_captions(path):
     """The captions to be drawn and measured: the lines of a text file, or the first caption of each image in
     DIR/val that has one. UserError without any."""
-    if Path(path).is_dir():
-        files, _, _ = data.find_images(path, "val", captions=True)
-        found = [texts[0] for texts in map(files.texts, range(len(files))) if texts]
-    else:
-        found = read_lines(path)
+    if not Path(path).is_dir():
+        return read_lines(path)
+    files, _, _ = data.find_images(path, "val", captions=True)
+    found = [texts[0] for texts in map(files.texts, range(len(files))) if texts]
     if not found:
-        raise UserError(f"{path} holds no captions; expected lines of text, or images with captions.")
+        raise UserError(f"None of the {len(files)} images in {path}/val has a caption.")
     return found
 
 
 def read_lines(path):
-    """The lines of a text file, those that are empty left out. UserError for a file that is no text."""
+    """The lines of a text file, those that are empty left out. UserError for a file without any."""
     try:
         lines = Path(path).read_text("utf-8-sig").splitlines()
     except FileNotFoundError:
         raise UserError(f"The file of texts {path} does not exist.") from None
     except UnicodeDecodeError:
         raise UserError(f"{path} is no text in UTF-8; save it as that, one text a line.") from None
-    return [line.strip() for line in lines if line.strip()]
+    found = [line.strip() for line in lines if line.strip()]
+    if not found:
+        raise UserError(f"{path} holds no texts; write one a line.")
+    return found
 
 
 # === CLIP score: images, texts -> cosines ===================================================================
