@@ -166,8 +166,8 @@ class Captions:
         self.texts = None                                    # no longer needed
         without = np.flatnonzero(self.count == 0)
         if len(without) == len(files):
-            raise UserError(f"None of the {len(files)} images has a caption; expected KEY.txt beside KEY.jpg, "
-                            "a column of captions in the archives, or a list train.tsv (docs/training.md).")
+            raise UserError(f"None of the {len(files)} images has a caption, for cond=text; expected KEY.txt beside "
+                            "KEY.jpg, a column of captions in the archives, or a list (docs/training.md).")
         if len(without) and ranks()[0] == 0:
             print(f"skipped {len(without)} of {len(files)} images, whose captions are missing, empty or not "
                   f"UTF-8; the first: {files[without[0]]}")

@@ -1,9 +1,6 @@
-"""Texts as conditions: captions of all kinds of data -> tokens -> a training, pictures, exports, CLIP scores."""
-import contextlib
-import io
+"""Texts as conditions: captions of all kinds of data -> tokens -> trainings, pictures, exports, CLIP scores."""
 import json
 import shutil
-import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -21,27 +18,21 @@ import train_transformer
 from conftest import random_checkpoint
 from processes import assert_same, finished, receives, refused, rows, train
 from support import backends, common, data, models, text
-from test_data import lay_out, own_cache, png, tar  # noqa: F401: own_cache is a fixture
+from test_data import lay_out, own_cache, picture, png, tar  # noqa: F401: own_cache is a fixture
 
 CAPTIONS = ["a wall", "Stripes"]
-PICTURES = [np.full((32, 32, 3), 90, np.uint8), np.tile(np.uint8([[[0]], [[255]]]), (16, 32, 3))]
+PICTURES = np.stack([picture(i, (32, 32)) for i in range(2)])                 # of noise
 SMALL = SimpleNamespace(text_length=8, text_vocab=64)
-TINY = ["cond=text", "text_length=8", "text_vocab=64", "n_spatial=1", "batch_size=8", "lr=0.003", "muon_lr=0.01"]
-
-
-def encoded(pixels):
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "png")
-    return file.getvalue()
+GIVEN = SimpleNamespace(tokenizer=None, resume=False, init=None)
+TINY = "cond=text text_length=8 text_vocab=64 n_spatial=1 batch_size=8 lr=0.003 muon_lr=0.01".split()
 
 
 @pytest.fixture
 def official(tmp_path):
     """vocab.json and merges.txt of a tokenizer."""
-    pieces = ["[PAD]", "[UNK]", "a", "a</w>", "c", "t", "t</w>", "s</w>", "ca", "cat</w>"]
-    merges = b"#version: 0.2\nc a\nca t</w>\n"
-    vocab = json.dumps({piece: i for i, piece in enumerate(pieces)}).encode()
-    lay_out(tmp_path, {"vocab.json": vocab, "merges.txt": merges})
+    pieces = "[PAD] [UNK] a a</w> c t t</w> s</w> ca cat</w>".split()
+    vocab = json.dumps({piece: i for i, piece in enumerate(pieces)})
+    lay_out(tmp_path, {"vocab.json": vocab.encode(), "merges.txt": b"#version: 0.2\nc a\nca t</w>\n"})
     return tmp_path / "vocab.json", tmp_path / "merges.txt"
 
 
@@ -49,20 +40,21 @@ def official(tmp_path):
 def options(folder, out, *more):
     """Of a training of captions, with the RQ-VAE of `folder`, which has random weights."""
     return ("smoke", "--data", folder / "data", "--vae", folder / "class" / "vae.safetensors", "--out", out,
-            "--precision", "fp32", "data.flip=false", "data.class_views=1", *(f"transformer.{change}" for change in TINY), *more)
+            "--precision", "fp32", "data.flip=false", "data.class_views=1",
+            *(f"transformer.{change}" for change in TINY), *more)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Pictures with captions in `data`, a random model of classes in `class`, a trained one of texts in `run`."""
+    """Pictures with captions in `data`; a random model of classes in `class`, a trained one in `run`."""
     folder = tmp_path_factory.mktemp("text")
     random_checkpoint(folder / "class", ["n1", "n2"], ["one", "two"], "transformer.n_spatial=1")
-    for i, (picture, caption) in enumerate(zip(PICTURES, CAPTIONS)):
-        for split in ("train", "val"):
-            lay_out(folder / "data" / split, {f"{i}.png": encoded(picture), f"{i}.txt": caption.encode()})
-    lay_out(folder / "data", {"train/without.png": png()})
-    train_options = "steps=120", "save_every=120", "picture_every=30"
-    done = train("transformer", *options(folder, folder / "run", *(f"transformer.{o}" for o in train_options)))
+    content = {f"{i}.png": png(i, (32, 32)) for i in range(2)}
+    content |= {f"{i}.txt": CAPTIONS[i].encode() for i in range(2)}
+    lay_out(folder / "data/val", content)
+    lay_out(folder / "data/train", {**content, "without.png": png()})
+    train_options = "transformer.steps=120", "transformer.save_every=120", "transformer.picture_every=30"
+    done = train("transformer", *options(folder, folder / "run", *train_options))
     assert "skipped 1 of 3 images, whose captions" in finished(done).output
     return folder
 
@@ -70,17 +62,17 @@ def folder(tmp_path_factory):
 @pytest.fixture
 def draw(call, folder, tmp_path):
     """draw(text, ...) draws four pictures by sample.py: (4, S, S, 3)."""
-    def draw(text, *more, checkpoint=("--checkpoint", folder / "run"), num=4):
+    def draw(text, *more, checkpoint=("--checkpoint", folder / "run")):
         shutil.rmtree(tmp_path / "single", ignore_errors=True)
-        call(sample.main, "--text", text, "--num", num, "--out", "x.png", "--out-dir", "single", "--precision",
-             "fp32", "--device", "cpu", *checkpoint, *more)
+        call(sample.main, "--text", text, "--num", 4, "--out", "x.png", "--out-dir", "single",
+             "--precision", "fp32", "--device", "cpu", *checkpoint, *more)
         return np.stack([np.array(Image.open(path)) for path in sorted((tmp_path / "single").iterdir())])
     return draw
 
 
 def test_two_captions_learn_two_pictures(folder, draw):
     vae, _ = drr.load_vae(folder / "run" / "vae.safetensors")
-    images = torch.from_numpy(np.stack(PICTURES)).permute(0, 3, 1, 2)
+    images = torch.from_numpy(PICTURES).permute(0, 3, 1, 2)
     own = common.to_pixels(vae.decode(vae.encode(common.to_float(images, "cpu")))).astype(int)
     for i, caption in enumerate(CAPTIONS):
         for picture in draw(caption.upper()):
@@ -109,19 +101,15 @@ def test_a_run_that_was_stopped_goes_on_the_same_with_the_same_captions_only(fol
     shutil.copytree(folder / "data", tmp_path / "data")
     lay_out(tmp_path, {"data/train/0.txt": b"red fire\nfar smoke\na hill\n", "data/train/1.txt": b"one\ntwo"})
     short = [f"transformer.{change}" for change in ("steps=6", "log_every=1", "cond_dropout=0.5")]
+    short += "--data", tmp_path / "data"
 
     def run(out, *more, **how):
-        return train("transformer", *options(folder, tmp_path / out, *short, "--data", tmp_path / "data", *more),
-                     **how)
-    # what reaches the model: the null condition takes the places of all tokens of a text or of none
-    watch = """
-import drr
+        return train("transformer", *options(folder, tmp_path / out, *short, *more), **how)
+    # What reaches the model: the null condition takes the places of all tokens of a text, or of none.
+    watch = """import drr
 loss = drr.masked_loss
-def masked_loss(model, codes, mask, cond, targets=None):
-    print("null", *(cond == model.null).sum(1).tolist())
-    return loss(model, codes, mask, cond, targets)
-drr.masked_loss = masked_loss
-"""
+drr.masked_loss = lambda model, codes, mask, cond, targets=None: (
+    print("null", *(cond == model.null).sum(1).tolist()) or loss(model, codes, mask, cond, targets))"""
     done = finished(run("whole", before=watch))
     counts = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("null")]
     assert {count for step in counts for count in step} == {"0", "8"}
@@ -137,8 +125,8 @@ def test_init_learns_the_conditions_anew_unless_it_knows_texts_and_keeps_the_res
     still = "transformer.lr=1e-12", "transformer.muon_lr=0", "transformer.steps=1", "transformer.warmup=0"
     for known, more in (("class", ("--tokenizer", *official)), ("run", ())):
         given = folder / known / "transformer.safetensors"
-        done = finished(train("transformer", *options(folder, tmp_path / known, "--init", given, *still, *more)))
-        assert ("learned from scratch" in done.output) == (known == "class")
+        done = train("transformer", *options(folder, tmp_path / known, "--init", given, *still, *more))
+        assert ("learned from scratch" in finished(done).output) == (known == "class")
         before, after = (drr.read_model(path)[0] for path in (given, tmp_path / known / given.name))
         anew = {name for name in after if known == "class" and name.startswith("cond_")}
         assert all(torch.allclose(before[name], after[name], atol=1e-3) for name in after.keys() - anew)
@@ -146,3 +134,149 @@ def test_init_learns_the_conditions_anew_unless_it_knows_texts_and_keeps_the_res
     tokenizer = drr.read_model(tmp_path / "class" / "transformer.safetensors")[1]["transformer"]["tokenizer"]
     assert tokenizer == text.official_tokenizer(official, SMALL)
     assert (tmp_path / "run/tokenizer.json").read_text() == (folder / "run/tokenizer.json").read_text()
+
+
+# === Tokens =================================================================================================
+def test_two_files_of_a_tokenizer_give_its_ids_padded_cut_and_unknown_or_are_refused(official, capsys):
+    tokenizer = text.official_tokenizer(official, SMALL)
+    theirs = tokenizers.CharBPETokenizer(*map(str, official), unk_token="[UNK]", lowercase=True)
+    for string, ids in (("A cat", [3, 9]), ("cats", [8, 5, 7]), ("ca\tCa\nzt", [4, 3, 4, 3, 1, 6]), ("", [])):
+        assert theirs.encode(string).ids == ids
+        assert text.tokenize(tokenizer, [string]).tolist() == [ids + [0] * (8 - len(ids))]
+    info = SimpleNamespace(transformer=SimpleNamespace(tokenizer=tokenizer))
+    assert text.prompts(info, ["a cat" + " cat" * 6 + "s"]).tolist() == [[3, *6 * [9], 8]]
+    assert "is cut after 'a cat cat cat cat cat cat ca'" in capsys.readouterr().err
+    for files, message in ((official[::-1], "in this order"), ((official[0], "none"), "none does not exist"),
+                           (official, "10 entries, transformer.text_vocab is 9")):
+        with pytest.raises(drr.UserError, match=message):
+            text.official_tokenizer(files, SimpleNamespace(text_length=8, text_vocab=9))
+
+
+# === Captions ===============================================================================================
+TEXTS = [["a red fox", "a fox"], ["snow"], [], ["\xff"], [" ", ""]]             # of five pictures
+LISTS = "train.tsv", "train_list.txt"
+
+
+def write(folder, kind):
+    """The pictures with these captions, of which one is no UTF-8, as data of this kind."""
+    lines = [[line.encode("latin-1") for line in texts] for texts in TEXTS]
+    content = {}
+    for i in range(5):
+        content[f"{i}.png"] = png(i)
+        content |= {f"{i}.txt": b"\n".join(lines[i])} if lines[i] else {}
+    if kind == "folder":
+        lay_out(folder / "train", content)
+    elif kind == "shard":
+        lay_out(folder / "train", {"0.tar": tar(content)})
+    elif kind in LISTS:
+        rows = [b"%d.png\t%s" % (i, line) for i in range(5) for line in lines[i] or [b""]]
+        lay_out(folder, content | {kind: b"\xef\xbb\xbf" + b"\r\n".join([*rows, b"gone.png\tgone"])})
+    else:
+        column = [texts if texts and texts != ["\xff"] else None for texts in TEXTS]
+        if kind == "strings":
+            column = [texts and "\n".join(texts) for texts in column]
+        images = [{"bytes": png(i), "path": f"{i}.png"} for i in range(5)]
+        table = datasets.Dataset.from_dict({"image": images, "caption": column})
+        table.cast_column("image", datasets.Image()).to_parquet(folder / "0.parquet")
+
+
+@pytest.mark.parametrize("kind", ["folder", "shard", *LISTS, "strings", "lists"])
+def test_data_of_every_kind_give_the_same_tokens_for_the_same_captions(tmp_path, kind, capsys):
+    write(tmp_path, kind)
+    files, _, _ = data.find_images(tmp_path, captions=True)
+    captions = text.Captions(files, tmp_path / "out", GIVEN, SMALL)
+    expected = [*TEXTS[0], *TEXTS[1]]
+    assert captions.count.tolist() == [2, 1, 0, 0, 0]
+    assert all(np.array_equal(common.open_image(files[i]), picture(i)) for i in range(5))
+    assert captions.tokenizer == text.train_tokenizer(expected, SMALL)
+    assert captions.tokens.tolist() == text.tokenize(captions.tokenizer, expected).tolist()
+    said = capsys.readouterr()
+    assert "skipped 3 of 5 images" in said.out and ("1 others do not exist" in said.err) == (kind in LISTS)
+
+
+def test_without_a_single_caption_or_listed_image_a_sentence_says_what_is_expected(tmp_path):
+    lay_out(tmp_path, {"train/0.png": png(), "train/0.txt": b"\n \n"})
+    files, _, _ = data.find_images(tmp_path, captions=True)
+    with pytest.raises(drr.UserError, match="None of the 1 images has a caption, .*expected KEY.txt"):
+        text.Captions(files, tmp_path / "out", GIVEN, SMALL)
+    lay_out(tmp_path, {"train.tsv": b"gone.png\ta fox\n"})
+    with pytest.raises(drr.UserError, match="names no image that exists"):
+        data.find_images(tmp_path, captions=True)
+
+
+def test_a_step_draws_one_caption_of_each_image_by_seed_and_step_however_many_ranks_there_are():
+    captions = object.__new__(text.Captions)
+    captions.first, captions.count = np.array([0, 3, 3]), np.array([3, 0, 1])
+    captions.tokens = np.arange(4, dtype=np.uint16)[:, None].repeat(8, 1)
+    views = SimpleNamespace(file_of=np.array([0, 2]), batch_size=6)
+
+    def drawn(seed, step, rows=range(6)):                    # views 0 1 0 1 0 1
+        views.rows = np.array(rows)
+        source = SimpleNamespace(captions=captions, views=views)
+        return train_transformer.conditions(source, None, views.rows % 2, seed, step)
+    whole = torch.stack([drawn(0, step) for step in range(400)])                   # (400, 6, 8)
+    assert torch.equal(drawn(0, 7), whole[7]) and not torch.equal(drawn(1, 7), whole[7])
+    assert torch.equal(torch.cat([drawn(0, 7, range(2)), drawn(0, 7, range(2, 6))]), whole[7])
+    shares = torch.bincount(whole[:, ::2, 0].flatten()) / 1200
+    assert (whole[:, 1::2] == 3).all() and len(shares) == 3
+    assert (shares - 1 / 3).abs().max() < 0.07               # 5 standard deviations
+
+
+# === Mistakes at sample.py ==================================================================================
+@pytest.mark.parametrize("arguments, words", [
+    ("", "--text"), ("--text=", "empty"), ("--text=日本", "日本|known"),
+    ("--class 1", "no classes|--text"), ("--class 1 --text=wall", "no classes|--text"),
+    ("--text-file none.txt", "none.txt"), ("--text-file empty.txt", "empty.txt"),
+    ("--text=wall --best-of 2", "--best-of|--clip"), ("--text=wall --best-of 2 --clip x", "CLIP")])
+def test_a_mistake_is_refused_in_one_sentence(call, capsys, folder, tmp_path, arguments, words):
+    (tmp_path / "empty.txt").write_text("\n")
+    with pytest.raises(SystemExit) as end:
+        call(lambda: common.run(sample.main), "--checkpoint", folder / "run", "--out", "new/x.png",
+             *arguments.split())
+    refused(SimpleNamespace(returncode=end.value.code, output=capsys.readouterr().err), *words.split("|"))
+    assert not list(tmp_path.glob("new/*"))
+
+
+# === CLIP ===================================================================================================
+@pytest.fixture(scope="module")
+def clip(folder):
+    """The folder of a small CLIP model with random weights."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    size = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    torch.manual_seed(0)
+    model = transformers.CLIPModel(transformers.CLIPConfig(
+        text_config=dict(size, vocab_size=64, max_position_embeddings=8, eos_token_id=2),
+        vision_config=dict(size, image_size=32, patch_size=8), projection_dim=8))
+    for p in model.parameters():
+        p.data += 0.3 * torch.randn(p.shape)
+    file = str(folder / "run" / "tokenizer.json")
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_file=file, pad_token="[PAD]")
+    for part in (model, tokenizer):
+        part.save_pretrained(folder / "clip")
+    return folder / "clip"
+
+
+def test_the_clip_score_is_the_cosine_of_each_picture_and_its_own_text(clip):
+    ours = text.Clip(clip, torch.device("cpu"))
+    images = torch.from_numpy(PICTURES).permute(0, 3, 1, 2)
+    scores = ours.score(common.to_float(images, "cpu"), CAPTIONS)
+    mean = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
+    deviation = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
+    for score, image, caption in zip(scores, images, CAPTIONS):
+        ids = torch.tensor([ours.tokenizer(caption).input_ids])
+        with torch.no_grad():
+            out = ours.model(input_ids=ids, pixel_values=(image[None] / 255 - mean) / deviation)
+        a, b = out.image_embeds[0], out.text_embeds[0]
+        assert score.item() == pytest.approx((a @ b / (a @ a * (b @ b)) ** 0.5).item(), abs=1e-4)
+    assert abs(scores[0] - scores[1]) > 1e-3
+
+
+def test_best_of_keeps_each_pictures_best_candidate(draw, clip, monkeypatch):
+    drawn, score = [], text.Clip.score
+    monkeypatch.setattr(text.Clip, "score", lambda self, images, texts: drawn.append(
+        (common.to_pixels(images), score(self, images, texts))) or drawn[-1][1])
+    kept = draw(CAPTIONS[0], "--draft-temperature", 9, "--m", 0, "--best-of", 3, "--clip", clip)
+    candidates, scores = zip(*drawn)
+    best = torch.stack(scores).argmax(0).tolist()
+    assert np.shape(candidates) == (3, 4, 32, 32, 3) and len(set(best)) > 1
+    assert all(np.array_equal(kept[i], candidates[attempt][i]) for i, attempt in enumerate(best))
