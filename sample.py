@@ -2,7 +2,7 @@
 
     python sample.py --class 980                                     # 16 samples of it in one picture
     python sample.py --class volcano --strip --num 4                 # from the draft to the last revision
-    python sample.py --checkpoint DIR --text "a volcano at night"    # of a checkpoint that was trained on texts
+    python sample.py --checkpoint DIR --text "a volcano at night"    # a model that was trained on texts
     python sample.py --class 980 --m 4 top_k=100                     # any value of config.yaml's `sample`
     python sample.py --image IN.png --region 8,8,24,24 --class 980   # repaint a region as another class
     python sample.py --reconstruct IN.png                            # what the RQ-VAE keeps, by depth
@@ -45,7 +45,7 @@ def parse_arguments():
         "`none` for the null class; several, separated by commas, are used in turn")
     add("--text", action="append", default=[], metavar="T", help="what the picture shows; may be repeated")
     add("--text-file", metavar="FILE", help="texts, one a line")
-    add("--best-of", type=int, default=1, metavar="N", help="draw each picture N times, keep the best by --clip")
+    add("--best-of", type=int, default=1, metavar="N", help="draw each N times and keep the best, by --clip")
     add("--clip", metavar="DIR", help="the folder of a CLIP model, which compares pictures and texts")
     add("--num", type=int, metavar="N", help="number of pictures in all (16, or as many as classes or texts)")
     add("--seed", type=int, default=0, help="picture i of a seed is the same in any batch (0)")
@@ -216,7 +216,8 @@ def main():
     if not len(names) <= num <= 100_000:
         raise UserError(f"--num is {num}; expected {len(names)} (one for each class or text) to 100000.")
     if not 1 <= args.best_of <= 1000 or (args.best_of > 1) != bool(args.clip) or args.clip and not args.text:
-        raise UserError("--best-of N, from 2 to 1000, needs --clip DIR and --text, and --clip needs --best-of.")
+        raise UserError("--best-of N, from 2 to 1000, and --clip DIR go together, with --text; give both or "
+                        "neither.")
     if not 0 <= args.seed < 2 ** 63:
         raise UserError(f"--seed is {args.seed}; expected a number from 0 to {2 ** 63 - 1}.")
     original = mask = codes = region = None

@@ -100,9 +100,9 @@ def optimizers(transformer, c):
 
 def load_data(args, config, vae, states, out, dtype, exact, device):
     """A namespace: `views`; their `cache`d codes (1 or 2, M, N, D), or None if each step encodes its own;
-    `captions`, or None; `val`: codes (B, N, D) and conditions (B, L) of up to 1,024 images of DIR/val, or None;
-    `shown`, conditions (16, L) for pictures; the `settings` that a resumed run must share; the `classes`'
-    names and `titles`. exact: the precision of the codes."""
+    `captions`, or None; `val`, codes (B, N, D) and conditions (B, L) of up to 1,024 images of DIR/val, or
+    None; `shown`, conditions (16, L) for pictures; the `settings` that a resumed run must share; the
+    `classes`' names and `titles`. exact: the precision of the codes."""
     c = config.transformer
     of_text = c.cond == "text"
     files, labels, classes = data.find_images(args.data, out=out, captions=of_text)
@@ -127,7 +127,8 @@ def load_data(args, config, vae, states, out, dtype, exact, device):
     elif config.data.in_memory:
         views.load(device)
     images, labels = data.validation_images(args.data, vae.size, 1024, None if of_text else classes)
-    shown = torch.linspace(0, max(0, drr.conditions(c, classes) - 1), 16).long()[:, None]      # of all classes
+    last = 0 if c.cond == "none" else len(classes) - 1
+    shown = torch.linspace(0, last, 16).long()[:, None]        # classes, spread over all
     if images is not None:
         codes = [data.encode(vae, to_float(x, device), exact) for x in images.split(128)]
         cond = text.tokenize(c.tokenizer, labels) if of_text else labels[:, None] * (c.cond == "class")
@@ -144,7 +145,7 @@ def load_data(args, config, vae, states, out, dtype, exact, device):
 
 
 def batches(views, cache, start, stop):
-    """Yields each step's codes (B', N, D), or its images (B', 3, S, S) where none are cached, and its views."""
+    """Yields each step's codes (B', N, D), or images (B', 3, S, S) where none are cached, and views (B',)."""
     if cache is None:
         yield from (batch[:2] for batch in views.batches(start, stop))
         return
@@ -155,8 +156,8 @@ def batches(views, cache, start, stop):
 
 
 def conditions(source, c, index, seed, step):
-    """The conditions (B', L) of this rank's views `index` (B',) of a step: a caption of each, drawn anew every
-    time, or its class."""
+    """The conditions (B', L) of this rank's views `index` (B',) of a step: one caption of each, drawn anew
+    every time, or its class."""
     views = source.views
     if source.captions:
         uniforms = np.random.default_rng([seed, step, 4]).random(views.batch_size)[views.rows]
@@ -213,6 +214,7 @@ def main():
     rows, count = runs.micro_batches("transformer", c)
     states = runs.States(out, "transformer", args, c.keep)
     beside = out / "vae.safetensors"
+    weights = out / "transformer.safetensors"
     path = args.vae or beside
     vae, config.vae = drr.load_vae(path)
     if beside.exists() and drr.code_fingerprint(drr.load_vae(beside)[0]) != drr.code_fingerprint(vae):
@@ -277,16 +279,14 @@ def main():
         if save:
             states.save(done)
             if rank == 0 and not stopping:
-                drr.save_transformer(out / "transformer.safetensors", result, config, source.classes, source.titles,
-                                     vae)
+                drr.save_transformer(weights, result, config, source.classes, source.titles, vae)
         log.end_step(look)
         if stopping and not last:
             stop.leave(done)
     result = whole_ema()                     # also if nothing was left to train: with today's sampling values
     if rank == 0:
-        drr.save_transformer(out / "transformer.safetensors", result, config, source.classes, source.titles,
-                                     vae)
-    print(f"wrote {out / 'transformer.safetensors'}")
+        drr.save_transformer(weights, result, config, source.classes, source.titles, vae)
+    print(f"wrote {weights}")
 
 
 if __name__ == "__main__":

@@ -97,14 +97,14 @@ def split_of(directory, split):
 
 
 def caption_list(directory, split):
-    """The list of images with captions, DIR/split.tsv or (the official code's) DIR/split_list.txt, or None."""
+    """The list of images with captions: DIR/split.tsv or, as in the official code, DIR/split_list.txt."""
     names = (Path(directory) / name for name in (f"{split}.tsv", f"{split}_list.txt"))
     return next(filter(Path.is_file, names), None)
 
 
 def listed_images(path):
-    """The Files in a list of captions, of which each line is a path relative to it, a TAB and a caption; a path
-    in several lines has several. Paths without a file are left out and counted."""
+    """The Files in a list, each line a path relative to it, a TAB and a caption; a path in several lines has
+    several captions. Paths without a file are left out and counted."""
     found = collections.defaultdict(list)
     for line in path.read_bytes().removeprefix(codecs.BOM_UTF8).splitlines():
         name, _, caption = line.partition(b"\t")
@@ -386,9 +386,9 @@ def validation_images(directory, size, count, classes=None):
         raise UserError(f"{directory}/val, with {', '.join(names[:3])}, holds no readable image {needed}; "
                         "repair it or move it away.")
     if len(known) < len(files) or damaged:
-        print(f"{directory}/val: left out {len(files) - len(known)} images "
-              f"{'of classes that the training lacks' if classes else 'without a caption'} and {damaged} that "
-              "cannot be read")
+        why = "of classes that the training lacks" if classes else "without a caption"
+        print(f"{directory}/val: left out {len(files) - len(known)} images {why} and {damaged} that cannot "
+              "be read")
     images, labels = zip(*found)
     return torch.stack(images), torch.tensor(labels) if classes else list(labels)
 

@@ -1,10 +1,11 @@
-"""Text conditions: captions and prompts -> tokens (B, L), by a tokenizer that the checkpoint carries; CLIP scores.
+"""Text conditions: captions and prompts -> tokens (B, L); and CLIP scores of pictures.
 
-A text is lowercased, split at spaces and punctuation, and written as the most frequent pieces of words (byte pair
-encoding of characters, as in RQ-Transformer's code): L ids, cut or padded with [PAD] = 0; unknown characters are
-[UNK] = 1. The model sees the padding, too. DEVIATION: no loss on the text itself. Its published counts include a head
-that predicts the next token of the text, which a bidirectional model would only have to copy.
+A text is lowercased, split at spaces and punctuation, and written in the most frequent pieces of words (byte
+pair encoding of characters, as in RQ-Transformer's code): L ids, cut or padded with [PAD] = 0; unknown
+characters are [UNK] = 1. The model sees the padding, too. The tokenizer travels in the checkpoint.
 """
+# DEVIATION: no loss on the text itself. The published parameter counts include a head that predicts the next
+# token of the text, which a bidirectional model would only have to copy.
 import hashlib
 import json
 import sys
@@ -72,8 +73,8 @@ def tokenize(tokenizer, texts):
 
 
 def prompts(info, texts):
-    """Conditions (B, L) of the texts that a user asks for, by the tokenizer in a checkpoint's `info`. UserError
-    for none, one without a token, and a checkpoint without tokenizer. Says where a text is cut or unknown."""
+    """Conditions (B, L) of the texts that a user asks for, by the tokenizer in a checkpoint's `info`; says
+    where one is cut. UserError for none, one of which nothing is known, and a checkpoint without tokenizer."""
     if not texts:
         raise UserError('Which text? This checkpoint is conditioned on text: give --text "a red fox".')
     if not hasattr(info.transformer, "tokenizer"):
@@ -91,10 +92,10 @@ def prompts(info, texts):
 
 # === Captions of a data set: images -> tokens, one caption drawn per step ===================================
 class Captions:
-    """The captions of a training's images as tokens (C, L) uint16: those of image i are first[i] .. first[i + 1] - 1.
-    All ranks make it together: the first of them reads the captions, trains the tokenizer unless one is given
-    (--tokenizer, --init or, resumed, that of the run), and keeps both in the run's folder. UserError if no
-    image has a caption."""
+    """The captions of a training's images as `tokens` (C, L) uint16, memory-mapped: those of image i are the
+    rows first[i] .. first[i + 1] - 1. All ranks make it together: rank 0 reads the captions, trains the
+    tokenizer unless there is one (of --tokenizer, of --init or, resumed, of the run), and keeps both in the
+    run's folder. UserError if no image has a caption."""
 
     def __init__(self, files, out, args, c):
         self.texts = None
@@ -156,7 +157,7 @@ class Captions:
         without = np.flatnonzero(self.count == 0)
         if len(without) == len(files):
             raise UserError(f"None of the {len(files)} images has a caption; expected KEY.txt beside KEY.jpg, "
-                            "a column of captions in the archives, or a list train.tsv (docs/training.md).")
+                            "captions in the archives, or a list train.tsv (docs/training.md).")
         if len(without) and ranks()[0] == 0:
             print(f"skipped {len(without)} of {len(files)} images, whose captions are missing, empty or not "
                   f"UTF-8; the first: {files[without[0]]}")
@@ -193,22 +194,23 @@ def read_lines(path):
 
 # === CLIP score: images, texts -> cosines ===================================================================
 class Clip:
-    """A CLIP model (Radford et al. 2021) in a local folder of Hugging Face's `transformers`. The papers' score is
-    ViT-B/32's: the plain mean cosine of each picture and its own caption, times nothing."""
+    """A CLIP model (Radford et al. 2021) in a local folder, as Hugging Face's `transformers` keeps it. The
+    papers' score is the plain mean cosine of each picture and its own caption, by ViT-B/32."""
 
     def __init__(self, folder, device):
         try:
             from transformers import AutoTokenizer, CLIPModel
         except ImportError as error:
-            raise UserError(f"CLIP needs `transformers` ({error}): pip install -r requirements-text.txt.") from None
+            raise UserError(f"CLIP needs `transformers` ({error}): pip install -r requirements-text.txt."
+                            ) from None
         try:
             if not (Path(folder) / "config.json").is_file():
                 raise ValueError("it holds no config.json")
             self.model = CLIPModel.from_pretrained(folder, local_files_only=True).to(device).eval()
             self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         except Exception as error:                           # transformers raises nearly anything
-            raise UserError(f"{folder} is no CLIP model ({type(error).__name__}: {error}); expected a folder with "
-                            "config.json, model.safetensors and a tokenizer.") from None
+            raise UserError(f"{folder} is no CLIP model ({type(error).__name__}: {error}); expected a folder "
+                            "with config.json, model.safetensors and a tokenizer.") from None
         vision = self.model.config.vision_config
         self.size = vision.image_size
         self.name = f"CLIP {folder} (patches of {vision.patch_size}, {self.size}x{self.size}, bicubic)"
