@@ -67,9 +67,9 @@ def build(c, conditions, vae, weights, device):
     for block in (*transformer.spatial, *transformer.depthwise):
         block.dropout.p = c.dropout
     if weights:
-        tensors = drr.read_model(weights)[0]
-        if c.cond == "text" and len(tensors.get("cond_pos", ())) != transformer.cond_length:
-            print(f"{weights} knows other conditions: these are learned from scratch")
+        tensors, meta = drr.read_model(weights)
+        if c.cond == "text" and meta.get("transformer", {}).get("tokenizer") != c.tokenizer:
+            print(f"{weights} knows classes or other tokens: the condition's embeddings begin anew")
             tensors |= {name: p for name, p in transformer.state_dict().items() if name.startswith("cond_")}
         drr.fill(transformer, tensors, weights)
     # DEVIATION: a moving average of the weights is the result; the paper does not say that it has one.

@@ -98,7 +98,7 @@ class Captions:
     run's folder. UserError if no image has a caption."""
 
     def __init__(self, files, out, args, c):
-        self.texts = None
+        self.texts, self.length = None, c.text_length
         path = out / "tokenizer.json"
         if ranks()[0] == 0:
             self.tokenizer = self.choose_tokenizer(files, path, args, c)
@@ -126,7 +126,7 @@ class Captions:
                 raise UserError(f"{path}, the tokenizer of this run, is missing; start without --resume.")
             return path.read_text()
         if args.init:
-            held = read_model(args.init)[1]["transformer"].get("tokenizer")
+            held = read_model(args.init)[1].get("transformer", {}).get("tokenizer")
             if held:
                 with explained(args.init):
                     return finished(Tokenizer.from_str(held), c)
@@ -140,15 +140,12 @@ class Captions:
         return self.texts
 
     def write(self, files, table, first):
-        texts, parts = self.read(files), [np.zeros((0, 1))]
+        texts = self.read(files)
         flat = [text for of_image in texts for text in of_image]
-        with tqdm(total=len(flat), desc="tokenizing", unit="caption") as bar:
-            parts = []
-            for i in range(0, len(flat), 4096):
-                parts.append(tokenize(self.tokenizer, flat[i:i + 4096]).numpy().astype(np.uint16))
-                bar.update(len(parts[-1]))
-        for path, array in ((first, np.cumsum([0, *map(len, texts)])),
-                            (table, np.concatenate(parts) if parts else np.zeros((0, 1), np.uint16))):
+        parts = [np.zeros((0, self.length), np.uint16)]
+        for i in tqdm(range(0, len(flat), 4096), "tokenizing", unit=" x 4096 captions"):
+            parts.append(tokenize(self.tokenizer, flat[i:i + 4096]).numpy().astype(np.uint16))
+        for path, array in (first, np.cumsum([0, *map(len, texts)])), (table, np.concatenate(parts)):
             with replacing(path) as temporary, open(temporary, "wb") as f:
                 np.save(f, array)
 
