@@ -238,7 +238,7 @@ def main():
 
     clip = None
     if args.clip:
-        from support.text import Clip
+        from tools.clip import Clip
         clip = Clip(args.clip, device)
 
     # --- codes, in batches; then pixels ---------------------------------------------------------------------

@@ -134,12 +134,9 @@ def load_data(args, config, vae, states, out, dtype, exact, device):
         cond = text.tokenize(c.tokenizer, labels) if of_text else labels[:, None] * (c.cond == "class")
         val = torch.cat(codes), cond.to(device)
     if of_text:
-        known = np.flatnonzero(captions.count)
-        texts = labels or [files.texts(i)[0] for i in known[::-(-len(known) // 16)]]
-        texts = [texts[i * len(texts) // 16] for i in range(16)]
-        shown = text.tokenize(c.tokenizer, texts)
-        if drr.ranks()[0] == 0:
-            (out / "samples.txt").write_text("\n".join(texts) + "\n")          # what the pictures show
+        known = val[1].cpu() if val else torch.from_numpy(captions.tokens.astype(np.int64))
+        shown = known[np.linspace(0, len(known) - 1, 16).astype(int)]
+        (out / "samples.txt").write_text("\n".join(text.detokenize(c.tokenizer, shown)) + "\n")
     return SimpleNamespace(views=views, cache=cache, captions=captions, val=val, shown=shown,
                            settings=settings, classes=classes, titles=titles)
 
@@ -156,13 +153,12 @@ def batches(views, cache, start, stop):
 
 
 def conditions(source, c, index, seed, step):
-    """The conditions (B', L) of this rank's views `index` (B',) of a step: one caption of each, drawn anew
-    every time, or its class."""
+    """The conditions (B', L) of this rank's views `index` (B',): classes, or captions, drawn in each step."""
     views = source.views
-    if source.captions:
-        uniforms = np.random.default_rng([seed, step, 4]).random(views.batch_size)[views.rows]
-        return source.captions.draw(views.file_of[index], uniforms)
-    return torch.from_numpy(views.labels[index])[:, None] * (c.cond == "class")
+    if not source.captions:
+        return torch.from_numpy(views.labels[index])[:, None] * (c.cond == "class")
+    uniforms = np.random.default_rng([seed, step, 4]).random(views.batch_size)[views.rows]
+    return source.captions.draw(views.file_of[index], uniforms)
 
 
 # === A step: codes or images, mask, condition -> gradients ==================================================

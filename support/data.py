@@ -4,7 +4,6 @@ A *view* is one square crop of one file: view 0 is the central square, the other
 scales, the same in every run. A data set is a fixed list of views, so that an image in memory, one decoded by
 a thread and one whose codes were computed last week are the same.
 """
-import codecs
 import collections
 import csv
 import functools
@@ -106,15 +105,14 @@ def listed_images(path):
     """The Files in a list, each line a path relative to it, a TAB and a caption; a path in several lines has
     several captions. Paths without a file are left out and counted."""
     found = collections.defaultdict(list)
-    for line in path.read_bytes().removeprefix(codecs.BOM_UTF8).splitlines():
+    for line in path.read_bytes().splitlines():
         name, _, caption = line.partition(b"\t")
         found[os.fsdecode(name)].append(caption)
     with ThreadPoolExecutor() as pool:                       # because a network disk answers slowly
-        there = list(pool.map(lambda name: (path.parent / name).is_file(), found))
-    names = [name for name, exists in zip(found, there) if exists]
+        there = pool.map(os.path.isfile, (path.parent / name for name in found))
+        names = [name for name, exists in zip(found, there) if exists]
     if not names:
-        raise UserError(f"{path} names no image that exists; expected lines PATH<TAB>CAPTION, the paths "
-                        f"relative to {path.parent}.")
+        raise UserError(f"{path} names no image that exists; expected lines PATH<TAB>CAPTION.")
     if ranks()[0] == 0:
         print(f"{path}: {len(names)} images; {len(found) - len(names)} others do not exist", file=sys.stderr)
     return Files(path.parent, names, captions=[found[name] for name in names])

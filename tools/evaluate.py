@@ -269,6 +269,19 @@ def commit():
     return "unknown"
 
 
+def read_captions(path):
+    """The lines of a text file, or the first caption of each image in DIR/val that has one."""
+    from support.text import read_lines
+    if Path(path).is_dir():
+        files, _, _ = data.find_images(path, "val", captions=True)
+        found = [texts[0] for texts in map(files.texts, range(len(files))) if texts]
+    else:
+        found = read_lines(path)
+    if not found:
+        raise UserError(f"{path} holds no captions; expected lines of text, or images with captions.")
+    return found
+
+
 def clip_score(clip, pictures, captions):
     """The mean cosine of the pictures and their captions, which come in turn, by a text.Clip."""
     scores = []
@@ -477,7 +490,6 @@ def parse_arguments():
     if args.clip and not args.captions or args.captions and args.reconstructions:
         raise UserError("--captions are those of samples, and --clip compares pictures with --captions.")
     if args.captions:
-        from support.text import read_captions
         args.captions = read_captions(args.captions)
     if args.number is None:
         args.number = len(args.captions or range(1000))
@@ -521,7 +533,7 @@ def main():
         size = vae.size
     reference = draw = clip = None
     if args.clip and rank == 0:
-        from support.text import Clip
+        from tools.clip import Clip
         clip = Clip(args.clip, device)
     if rank == 0:                                            # the others only draw
         network = load_features(args.features, device)
