@@ -200,8 +200,7 @@ def main():
         raise UserError("Repainting needs --image with either --region or --mask; --paste goes with them.")
     model, info, device = load_model(args, device, dtype)
     if args.text_file:
-        from support.text import read_lines
-        args.text += read_lines(args.text_file)
+        args.text += filter(str.strip, Path(args.text_file).read_text("utf-8-sig", "replace").splitlines())
     conditions, names = pick_conditions(args.classes, args.text, info, model.null)             # (C, L)
     conditions = conditions.to(device)
     c = sampling_values(info, args.flags + args.overrides, model.positions)
@@ -243,7 +242,7 @@ def main():
 
     # --- codes, in batches; then pixels ---------------------------------------------------------------------
     keep = sorted({round(t) for t in np.linspace(0, c.t_draft - 1, 6)}) if args.strip else ()
-    pixels, strips, best = num * [None], num * [()], np.full(num, -np.inf)
+    pixels, strips, best = num * [None], num * [None], np.full(num, -np.inf)
     started = time.time()
     updates = (c.t_draft + c.rounds * c.t_revise) * math.ceil(num / c.batch_size) * args.best_of
     with tqdm(total=updates, desc="sampling", unit="update") as bar:
@@ -265,13 +264,12 @@ def main():
             if clip:
                 texts = [args.text[i % len(names)] for i in places[:count]]
                 scores = clip.score(drawn[:count], texts).numpy()
-            for i in first + np.flatnonzero(scores > best[first:first + count]):
-                best[i] = scores[i - first]
-                pixels[i] = to_pixels(drawn[i - first:][:1])[0]
-                if args.strip:
-                    strips[i] = to_pixels(torch.stack([state[i - first] for state in states]))
+            made, rows = to_pixels(drawn), [to_pixels(state) for state in states]
+            for k in np.flatnonzero(scores > best[first:first + count]):
+                best[first + k], pixels[first + k] = scores[k], made[k]
+                strips[first + k] = [row[k] for row in rows]
                 if single:
-                    save_picture(Image.fromarray(pixels[i]), single[i])
+                    save_picture(Image.fromarray(made[k]), single[first + k])
     seconds = time.time() - started
 
     # --- the grid -------------------------------------------------------------------------------------------
@@ -280,7 +278,7 @@ def main():
     columns = len(names) if 1 < len(names) <= 16 else math.ceil(math.sqrt(shown))
     if args.strip:
         columns = len(keep) + c.rounds
-        tiles = [state for states in strips[:shown] for state in states]
+        tiles = list(itertools.chain(*strips[:shown]))
     elif args.image:
         columns = min(shown + 2, 6)
         tiles = [*to_pixels(torch.cat([original, torch.where(mask, 0.0, original)])), *tiles]

@@ -12,7 +12,6 @@ import itertools
 import json
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -151,13 +150,3 @@ class Captions:
         """Tokens (B, L) int64 of a caption of each image (B,), by uniforms (B,) in [0, 1)."""
         row = self.first[images] + (uniforms * self.count[images]).astype(np.int64)
         return torch.from_numpy(self.tokens[row].astype(np.int64))
-
-
-def read_lines(path):
-    """The lines of a text file, without the empty ones. UserError for a file that is no text."""
-    try:
-        lines = Path(path).read_text("utf-8-sig").splitlines()
-    except (FileNotFoundError, UnicodeDecodeError) as error:
-        raise UserError(f"The file of texts {path} cannot be read ({error}); expected UTF-8, one text a line."
-                        ) from None
-    return [line.strip() for line in lines if line.strip()]

@@ -271,12 +271,11 @@ def commit():
 
 def read_captions(path):
     """The lines of a text file, or the first caption of each image in DIR/val that has one."""
-    from support.text import read_lines
     if Path(path).is_dir():
         files, _, _ = data.find_images(path, "val", captions=True)
         found = [texts[0] for texts in map(files.texts, range(len(files))) if texts]
     else:
-        found = read_lines(path)
+        found = list(filter(str.strip, Path(path).read_text("utf-8-sig", "replace").splitlines()))
     if not found:
         raise UserError(f"{path} holds no captions; expected lines of text, or images with captions.")
     return found
