@@ -2,7 +2,7 @@
 
     python sample.py --class 980                                     # 16 samples of it in one picture
     python sample.py --class volcano --strip --num 4                 # from the draft to the last revision
-    python sample.py --checkpoint DIR --text "a volcano at night"    # of a checkpoint that was trained on texts
+    python sample.py --checkpoint DIR --text "a volcano at night"    # a model that was trained on texts
     python sample.py --class 980 --m 4 top_k=100                     # any value of config.yaml's `sample`
     python sample.py --image IN.png --region 8,8,24,24 --class 980   # repaint a region as another class
     python sample.py --reconstruct IN.png                            # what the RQ-VAE keeps, by depth
@@ -45,7 +45,7 @@ def parse_arguments():
         "`none` for the null class; several, separated by commas, are used in turn")
     add("--text", action="append", default=[], metavar="T", help="what the picture shows; may be repeated")
     add("--text-file", metavar="FILE", help="texts, one a line")
-    add("--best-of", type=int, default=1, metavar="N", help="draw each picture N times, keep the best by --clip")
+    add("--best-of", type=int, default=1, metavar="N", help="draw each N times and keep the best, by --clip")
     add("--clip", metavar="DIR", help="the folder of a CLIP model, which compares pictures and texts")
     add("--num", type=int, metavar="N", help="number of pictures in all (16, or as many as classes or texts)")
     add("--seed", type=int, default=0, help="picture i of a seed is the same in any batch (0)")
@@ -200,8 +200,7 @@ def main():
         raise UserError("Repainting needs --image with either --region or --mask; --paste goes with them.")
     model, info, device = load_model(args, device, dtype)
     if args.text_file:
-        from support.text import read_lines
-        args.text += read_lines(args.text_file)
+        args.text += filter(str.strip, Path(args.text_file).read_text("utf-8-sig", "replace").splitlines())
     conditions, names = pick_conditions(args.classes, args.text, info, model.null)             # (C, L)
     conditions = conditions.to(device)
     c = sampling_values(info, args.flags + args.overrides, model.positions)
@@ -216,7 +215,8 @@ def main():
     if not len(names) <= num <= 100_000:
         raise UserError(f"--num is {num}; expected {len(names)} (one for each class or text) to 100000.")
     if not 1 <= args.best_of <= 1000 or (args.best_of > 1) != bool(args.clip) or args.clip and not args.text:
-        raise UserError("--best-of N, from 2 to 1000, needs --clip DIR and --text, and --clip needs --best-of.")
+        raise UserError("--best-of N, from 2 to 1000, and --clip DIR go together, with --text; give both or "
+                        "neither.")
     if not 0 <= args.seed < 2 ** 63:
         raise UserError(f"--seed is {args.seed}; expected a number from 0 to {2 ** 63 - 1}.")
     original = mask = codes = region = None
@@ -237,12 +237,12 @@ def main():
 
     clip = None
     if args.clip:
-        from support.text import Clip
+        from tools.clip import Clip
         clip = Clip(args.clip, device)
 
     # --- codes, in batches; then pixels ---------------------------------------------------------------------
     keep = sorted({round(t) for t in np.linspace(0, c.t_draft - 1, 6)}) if args.strip else ()
-    pixels, strips, best = num * [None], num * [()], np.full(num, -np.inf)
+    pixels, strips, best = num * [None], num * [None], np.full(num, -np.inf)
     started = time.time()
     updates = (c.t_draft + c.rounds * c.t_revise) * math.ceil(num / c.batch_size) * args.best_of
     with tqdm(total=updates, desc="sampling", unit="update") as bar:
@@ -264,13 +264,12 @@ def main():
             if clip:
                 texts = [args.text[i % len(names)] for i in places[:count]]
                 scores = clip.score(drawn[:count], texts).numpy()
-            for i in first + np.flatnonzero(scores > best[first:first + count]):
-                best[i] = scores[i - first]
-                pixels[i] = to_pixels(drawn[i - first:][:1])[0]
-                if args.strip:
-                    strips[i] = to_pixels(torch.stack([state[i - first] for state in states]))
+            made, rows = to_pixels(drawn), [to_pixels(state) for state in states]
+            for k in np.flatnonzero(scores > best[first:first + count]):
+                best[first + k], pixels[first + k] = scores[k], made[k]
+                strips[first + k] = [row[k] for row in rows]
                 if single:
-                    save_picture(Image.fromarray(pixels[i]), single[i])
+                    save_picture(Image.fromarray(made[k]), single[first + k])
     seconds = time.time() - started
 
     # --- the grid -------------------------------------------------------------------------------------------
@@ -279,7 +278,7 @@ def main():
     columns = len(names) if 1 < len(names) <= 16 else math.ceil(math.sqrt(shown))
     if args.strip:
         columns = len(keep) + c.rounds
-        tiles = [state for states in strips[:shown] for state in states]
+        tiles = list(itertools.chain(*strips[:shown]))
     elif args.image:
         columns = min(shown + 2, 6)
         tiles = [*to_pixels(torch.cat([original, torch.where(mask, 0.0, original)])), *tiles]

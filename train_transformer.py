@@ -67,9 +67,9 @@ def build(c, conditions, vae, weights, device):
     for block in (*transformer.spatial, *transformer.depthwise):
         block.dropout.p = c.dropout
     if weights:
-        tensors = drr.read_model(weights)[0]
-        if c.cond == "text" and len(tensors.get("cond_pos", ())) != transformer.cond_length:
-            print(f"{weights} knows other conditions: these are learned from scratch")
+        tensors, meta = drr.read_model(weights)
+        if c.cond == "text" and meta.get("transformer", {}).get("tokenizer") != c.tokenizer:
+            print(f"{weights} knows classes or other tokens: the condition's embeddings begin anew")
             tensors |= {name: p for name, p in transformer.state_dict().items() if name.startswith("cond_")}
         drr.fill(transformer, tensors, weights)
     # DEVIATION: a moving average of the weights is the result; the paper does not say that it has one.
@@ -100,9 +100,9 @@ def optimizers(transformer, c):
 
 def load_data(args, config, vae, states, out, dtype, exact, device):
     """A namespace: `views`; their `cache`d codes (1 or 2, M, N, D), or None if each step encodes its own;
-    `captions`, or None; `val`: codes (B, N, D) and conditions (B, L) of up to 1,024 images of DIR/val, or None;
-    `shown`, conditions (16, L) for pictures; the `settings` that a resumed run must share; the `classes`'
-    names and `titles`. exact: the precision of the codes."""
+    `captions`, or None; `val`, codes (B, N, D) and conditions (B, L) of up to 1,024 images of DIR/val, or
+    None; `shown`, conditions (16, L) for pictures; the `settings` that a resumed run must share; the
+    `classes`' names and `titles`. exact: the precision of the codes."""
     c = config.transformer
     of_text = c.cond == "text"
     files, labels, classes = data.find_images(args.data, out=out, captions=of_text)
@@ -127,24 +127,22 @@ def load_data(args, config, vae, states, out, dtype, exact, device):
     elif config.data.in_memory:
         views.load(device)
     images, labels = data.validation_images(args.data, vae.size, 1024, None if of_text else classes)
-    shown = torch.linspace(0, max(0, drr.conditions(c, classes) - 1), 16).long()[:, None]      # of all classes
+    last = 0 if c.cond == "none" else len(classes) - 1
+    shown = torch.linspace(0, last, 16).long()[:, None]        # classes, spread over all
     if images is not None:
         codes = [data.encode(vae, to_float(x, device), exact) for x in images.split(128)]
         cond = text.tokenize(c.tokenizer, labels) if of_text else labels[:, None] * (c.cond == "class")
         val = torch.cat(codes), cond.to(device)
     if of_text:
-        known = np.flatnonzero(captions.count)
-        texts = labels or [files.texts(i)[0] for i in known[::-(-len(known) // 16)]]
-        texts = [texts[i * len(texts) // 16] for i in range(16)]
-        shown = text.tokenize(c.tokenizer, texts)
-        if drr.ranks()[0] == 0:
-            (out / "samples.txt").write_text("\n".join(texts) + "\n")          # what the pictures show
+        known = val[1].cpu() if val else torch.from_numpy(captions.tokens.astype(np.int64))
+        shown = known[np.linspace(0, len(known) - 1, 16).astype(int)]
+        (out / "samples.txt").write_text("\n".join(text.detokenize(c.tokenizer, shown)) + "\n")
     return SimpleNamespace(views=views, cache=cache, captions=captions, val=val, shown=shown,
                            settings=settings, classes=classes, titles=titles)
 
 
 def batches(views, cache, start, stop):
-    """Yields each step's codes (B', N, D), or its images (B', 3, S, S) where none are cached, and its views."""
+    """Yields each step's codes (B', N, D), or images (B', 3, S, S) where none are cached, and views (B',)."""
     if cache is None:
         yield from (batch[:2] for batch in views.batches(start, stop))
         return
@@ -155,13 +153,12 @@ def batches(views, cache, start, stop):
 
 
 def conditions(source, c, index, seed, step):
-    """The conditions (B', L) of this rank's views `index` (B',) of a step: a caption of each, drawn anew every
-    time, or its class."""
+    """The conditions (B', L) of this rank's views `index` (B',): classes, or captions, drawn in each step."""
     views = source.views
-    if source.captions:
-        uniforms = np.random.default_rng([seed, step, 4]).random(views.batch_size)[views.rows]
-        return source.captions.draw(views.file_of[index], uniforms)
-    return torch.from_numpy(views.labels[index])[:, None] * (c.cond == "class")
+    if not source.captions:
+        return torch.from_numpy(views.labels[index])[:, None] * (c.cond == "class")
+    uniforms = np.random.default_rng([seed, step, 4]).random(views.batch_size)[views.rows]
+    return source.captions.draw(views.file_of[index], uniforms)
 
 
 # === A step: codes or images, mask, condition -> gradients ==================================================
@@ -213,6 +210,7 @@ def main():
     rows, count = runs.micro_batches("transformer", c)
     states = runs.States(out, "transformer", args, c.keep)
     beside = out / "vae.safetensors"
+    weights = out / "transformer.safetensors"
     path = args.vae or beside
     vae, config.vae = drr.load_vae(path)
     if beside.exists() and drr.code_fingerprint(drr.load_vae(beside)[0]) != drr.code_fingerprint(vae):
@@ -277,16 +275,14 @@ def main():
         if save:
             states.save(done)
             if rank == 0 and not stopping:
-                drr.save_transformer(out / "transformer.safetensors", result, config, source.classes, source.titles,
-                                     vae)
+                drr.save_transformer(weights, result, config, source.classes, source.titles, vae)
         log.end_step(look)
         if stopping and not last:
             stop.leave(done)
     result = whole_ema()                     # also if nothing was left to train: with today's sampling values
     if rank == 0:
-        drr.save_transformer(out / "transformer.safetensors", result, config, source.classes, source.titles,
-                                     vae)
-    print(f"wrote {out / 'transformer.safetensors'}")
+        drr.save_transformer(weights, result, config, source.classes, source.titles, vae)
+    print(f"wrote {weights}")
 
 
 if __name__ == "__main__":

@@ -258,6 +258,8 @@ def main():
     parser.add_argument("folder", metavar="FOLDER", help="a release: stage1/ and stage2/")
     parser.add_argument("--out", metavar="DIR", required=True, help="the folder of the checkpoint")
     parser.add_argument("--force", action="store_true", help="replace a checkpoint that is there")
+    parser.add_argument("--tokenizer", nargs=2, metavar=("VOCAB", "MERGES"),
+                        help="of texts: the release's vocab.json and merges.txt")
     args = parser.parse_args()
     paths = [Path(args.out) / f"{name}.safetensors" for name in ("vae", "transformer")]
     for path in paths:
@@ -271,6 +273,11 @@ def main():
     classes = titles = [""]
     if config.transformer.cond == "class":
         classes, titles = official.class_names(conditions)
+    if args.tokenizer and config.transformer.cond != "text":
+        raise UserError("--tokenizer is for releases of text; leave it out.")
+    if args.tokenizer:
+        from support.text import official_tokenizer
+        config.transformer.tokenizer = official_tokenizer(args.tokenizer, config.transformer)
     drr.save_vae(paths[0], vae, config)
     drr.save_transformer(paths[1], transformer, config, classes, titles, vae)
     count = sum(p.numel() for p in transformer.parameters())

@@ -39,8 +39,7 @@ ALLOWED = {key: allowed for allowed, keys in {
     "from 0.01 to 100": "draft_temperature revise_temperature",
     "from 1 to 10000": "views class_views",
     "from 1 to 8": "upscale",
-    "from 1 to 65536": "codebook_size",                      # codes and text tokens are stored as uint16
-    "from 2 to 65536": "text_vocab",                         # [PAD], [UNK]
+    "from 1 to 65536": "codebook_size text_vocab",           # both are stored as uint16
     "above 0 to 1": "top_p crop_scale",
     "one of mse, l1": "loss",
     "one of lpips, efficientnet": "perceptual",
@@ -192,33 +191,26 @@ def find_class(text, classes, titles):
     raise UserError(f"There is no class {text!r}; {hint}")
 
 
-def pick_classes(text, info):
-    """--class -> class indices, None standing for the null class."""
-    if info.transformer.cond == "text":
-        raise UserError("This checkpoint knows texts and no classes; give --text to sample.py, --captions to "
-                        "tools.evaluate.")
-    if info.transformer.cond == "none":
-        if text:
-            raise UserError("This checkpoint was trained without classes; leave --class out.")
-        return [None]
+def pick_conditions(text, texts, info, null):
+    """--class or the list of --text -> conditions (C, L) int64, and their names. null: the null class's id."""
+    cond = info.transformer.cond
+    if texts and cond != "text":
+        raise UserError("This checkpoint knows no texts; leave --text out.")
+    if text and cond != "class":
+        raise UserError("This checkpoint knows no classes; leave --class out.")
+    if cond == "none":
+        return torch.tensor([[null]]), ["no class"]
+    if cond == "text":
+        from support.text import prompts
+        return prompts(info, texts), [repr(text) for text in texts]
     if not text:
         raise UserError("Which class? Give --class an index, a wnid or a name (for example 980), or `none`.")
     names = [name.strip() for name in text.split(",")]
     if "none" in names and not models.kind(info.transformer).null:
         raise UserError("This checkpoint has no null class; give --class an index, a wnid or a name.")
-    return [None if name == "none" else find_class(name, info.classes, info.titles) for name in names]
-
-
-def pick_conditions(text, texts, info, null):
-    """--class or the list of --text -> conditions (C, L) int64, and how they are called in messages."""
-    if info.transformer.cond == "text" and not text:
-        from support.text import prompts
-        return prompts(info, texts), [repr(text) for text in texts]
-    if texts and info.transformer.cond != "text":
-        raise UserError("This checkpoint knows no texts; leave --text out, and give --class if it has classes.")
-    classes = pick_classes(text, info)
-    names = ["no class" if k is None else f"{info.titles[k]} ({k})" for k in classes]
-    return torch.tensor([[null if k is None else k] for k in classes]), names
+    found = [null if name == "none" else find_class(name, info.classes, info.titles) for name in names]
+    names = ["no class" if k == null else f"{info.titles[k]} ({k})" for k in found]
+    return torch.tensor(found)[:, None], names
 
 
 # === Errors: an exception -> one sentence and an exit status ================================================

@@ -4,7 +4,6 @@ A *view* is one square crop of one file: view 0 is the central square, the other
 scales, the same in every run. A data set is a fixed list of views, so that an image in memory, one decoded by
 a thread and one whose codes were computed last week are the same.
 """
-import codecs
 import collections
 import csv
 import functools
@@ -97,24 +96,23 @@ def split_of(directory, split):
 
 
 def caption_list(directory, split):
-    """The list of images with captions, DIR/split.tsv or (the official code's) DIR/split_list.txt, or None."""
+    """The list of images with captions: DIR/split.tsv or, as in the official code, DIR/split_list.txt."""
     names = (Path(directory) / name for name in (f"{split}.tsv", f"{split}_list.txt"))
     return next(filter(Path.is_file, names), None)
 
 
 def listed_images(path):
-    """The Files in a list of captions, of which each line is a path relative to it, a TAB and a caption; a path
-    in several lines has several. Paths without a file are left out and counted."""
+    """The Files in a list, each line a path relative to it, a TAB and a caption; a path in several lines has
+    several captions. Paths without a file are left out and counted."""
     found = collections.defaultdict(list)
-    for line in path.read_bytes().removeprefix(codecs.BOM_UTF8).splitlines():
+    for line in path.read_bytes().splitlines():
         name, _, caption = line.partition(b"\t")
         found[os.fsdecode(name)].append(caption)
     with ThreadPoolExecutor() as pool:                       # because a network disk answers slowly
-        there = list(pool.map(lambda name: (path.parent / name).is_file(), found))
-    names = [name for name, exists in zip(found, there) if exists]
+        there = pool.map(os.path.isfile, (path.parent / name for name in found))
+        names = [name for name, exists in zip(found, there) if exists]
     if not names:
-        raise UserError(f"{path} names no image that exists; expected lines PATH<TAB>CAPTION, the paths "
-                        f"relative to {path.parent}.")
+        raise UserError(f"{path} names no image that exists; expected lines PATH<TAB>CAPTION.")
     if ranks()[0] == 0:
         print(f"{path}: {len(names)} images; {len(found) - len(names)} others do not exist", file=sys.stderr)
     return Files(path.parent, names, captions=[found[name] for name in names])
@@ -386,9 +384,9 @@ def validation_images(directory, size, count, classes=None):
         raise UserError(f"{directory}/val, with {', '.join(names[:3])}, holds no readable image {needed}; "
                         "repair it or move it away.")
     if len(known) < len(files) or damaged:
-        print(f"{directory}/val: left out {len(files) - len(known)} images "
-              f"{'of classes that the training lacks' if classes else 'without a caption'} and {damaged} that "
-              "cannot be read")
+        why = "of classes that the training lacks" if classes else "without a caption"
+        print(f"{directory}/val: left out {len(files) - len(known)} images {why} and {damaged} that cannot "
+              "be read")
     images, labels = zip(*found)
     return torch.stack(images), torch.tensor(labels) if classes else list(labels)
 

@@ -40,9 +40,9 @@ class Picture(NamedTuple):
 
 
 def open_archives(archives, class_names):
-    """Of tar or Parquet files: a table of pictures; their names; their labels (R,); the class names, [""] where
-    none has a class; and their captions (R,), texts, lists of texts, or None. Raises UserError for damaged
-    ones, and for a row without one picture or class."""
+    """Of tar or Parquet files: a table of pictures; their names; their labels (R,); the class names, [""]
+    where none has a class; and their captions (R,): each a text, a list of texts, or None. Raises UserError
+    for damaged ones, and for a row without one picture or class."""
     table, root = read(archives), archives[0].parent
     kinds = table.features
     fields = [f for f, kind in kinds.items() if table.data.column(f).null_count < len(table) and

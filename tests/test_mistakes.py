@@ -161,7 +161,7 @@ MISTAKES = [
     (f"{SAMPLE} good", "did you mean volcano", ["--class vulcano"]),
     (f"{SAMPLE} good", "0 to 3", ["--class 4", "--class -1"]),
     (f"{SAMPLE} good", "class", ["--class volcano,,daisy"]),
-    (f"{SAMPLE} good", "no texts|--class", ["--text lake", "--class 1 --text lake"]),
+    (f"{SAMPLE} good", "no texts", ["--text lake", "--class 1 --text lake"]),
     (DRAW, "--best-of|--clip", ["--best-of 2", "--best-of 0", "--clip empty"]),
     (DRAW, "--seed", ["--seed -1", "--seed x"]),
     (DRAW, "--num", ["--num 0", "--num -3", "--num many", "--class 0,1 --num 1"]),

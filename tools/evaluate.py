@@ -1,8 +1,9 @@
-"""Measures pictures against a reference: FID, Inception Score, precision and recall, class accuracy.
+"""Measures pictures: FID, Inception Score, precision and recall, class accuracy, CLIP score.
 
     python -m tools.evaluate --reference DIR/val --crop                    # samples of the bundled checkpoint
     python -m tools.evaluate --reference DIR/val --crop --reconstructions  # its RQ-VAE alone: rFID
     python -m tools.evaluate --reference DIR/val --samples FOLDER          # any pictures, folder or .npz
+    python -m tools.evaluate --checkpoint TEXT --captions DIR --reference DIR/val --crop --clip FOLDER
     torchrun --nproc_per_node=8 -m tools.evaluate --checkpoint DIR --number 50000 --reference reference.npz
 
 The protocol is printed above the numbers, because each of them depends on it (docs/evaluate.md has the
@@ -35,8 +36,8 @@ import drr
 from drr import UserError, replacing
 from sample import check_writable
 from support import common, data, fast, models, runs
-from support.common import (BUNDLED, HERE, add_device_arguments, crop, from_rank_0, open_image, pick_classes,
-                            precision_name, run, to_float, to_pixels)
+from support.common import (BUNDLED, HERE, add_device_arguments, crop, from_rank_0, open_image,
+                            pick_conditions, precision_name, run, to_float, to_pixels)
 from support.losses import efficientnet_lite0
 from tools import strategies
 
@@ -181,17 +182,19 @@ def read_npz(path):
 # === Samples: picture i of a seed is that of class i mod C, on whichever rank it is drawn ===================
 def plan_samples(args, checkpoint, c, names, device, dtype):
     """Checks all that --number pictures of the checkpoint (vae, transformer, info) need, and returns a
-    function that draws them, on all ranks: of --class, otherwise of those of the classes `names` that the
-    checkpoint knows, otherwise of all."""
+    function that draws them, on all ranks: of --captions or --class, otherwise of those of the classes
+    `names` that the checkpoint knows, otherwise of all."""
     vae, transformer, info = checkpoint
-    if args.classes or info.transformer.cond != "class":
-        chosen = [transformer.null if k is None else k for k in pick_classes(args.classes, info)]
+    of_class = info.transformer.cond == "class"
+    if args.classes or args.captions or not of_class:
+        conditions, _ = pick_conditions(args.classes, args.captions, info, transformer.null)
     else:
         known = [i for i, name in enumerate(info.classes) if name in names]
-        chosen = known or list(range(len(info.classes)))
-    labels = np.array([chosen[i % len(chosen)] for i in range(args.number)])
+        conditions = torch.tensor(known or range(len(info.classes)))[:, None]      # (C, L)
+    labels = np.arange(args.number) % len(conditions)                              # for texts their number
     class_names = None
-    if info.transformer.cond == "class" and transformer.null not in chosen:
+    if of_class and transformer.null not in conditions:
+        labels = conditions[labels, 0].numpy()
         class_names = [info.classes[k] for k in labels]
     model = drr.TorchModel(vae, transformer, device, dtype)
     kind = models.kind(info.transformer)
@@ -203,12 +206,13 @@ def plan_samples(args, checkpoint, c, names, device, dtype):
     # All that decides what is drawn, the code included: other code may draw other pictures.
     kinds = inspect.getmodule(type(transformer)), inspect.getmodule(decode)
     code = "".join(inspect.getsource(part) for part in (drr, *kinds, fast, to_pixels, draw_samples))
-    about = [drr.fingerprint(vae), drr.fingerprint(transformer), values, chosen, args.seed, str(dtype),
-             device.type, torch.__version__, hashlib.sha256(code.encode()).hexdigest()]
+    about = [drr.fingerprint(vae), drr.fingerprint(transformer), values, conditions.tolist(), args.seed,
+             str(dtype), device.type, torch.__version__, hashlib.sha256(code.encode()).hexdigest()]
     folder = Path(args.out or f"samples/{hashlib.sha256(json.dumps(about).encode()).hexdigest()[:12]}")
     drawn_by = claim_folder(folder, about) if drr.ranks()[0] == 0 else None
-    name = (f"{args.number} samples of {args.checkpoint}, seed {args.seed}, {len(chosen)} classes, {values}, "
-            f"drawn by commit {drawn_by}, torch {torch.__version__}, {device.type}, {precision_name(dtype)}")
+    name = (f"{args.number} samples of {args.checkpoint}, seed {args.seed}, {len(conditions)} "
+            f"{'captions' if args.captions else 'classes'}, {values}, drawn "
+            f"by commit {drawn_by}, torch {torch.__version__}, {device.type}, {precision_name(dtype)}")
     parts = [folder / f"part-{i:06d}.npy" for i in range(math.ceil(args.number / c.batch_size))]
 
     def batches():
@@ -216,7 +220,7 @@ def plan_samples(args, checkpoint, c, names, device, dtype):
             yield torch.from_numpy(np.load(path)[:args.number - i * c.batch_size]).permute(0, 3, 1, 2)
 
     def draw():
-        draw_samples(model, chosen, parts, args.seed, c, device, update, decode)
+        draw_samples(model, conditions.to(device), parts, args.seed, c, device, update, decode)
         if drr.ranks()[0] == 0:
             print(f"the pictures are in {folder}", file=sys.stderr)
             if args.npz:                                     # for "Diffusion models beat GANs"' evaluator
@@ -227,15 +231,16 @@ def plan_samples(args, checkpoint, c, names, device, dtype):
     return draw
 
 
-def draw_samples(model, classes, parts, seed, c, device, update, decode):
-    """Draws pictures 0, 1, ... of a seed into the files `parts`, each uint8 (B, S, S, 3), shared among the
-    ranks. Those that exist stay: an interrupted run goes on, and a larger number adds to a smaller one."""
+def draw_samples(model, conditions, parts, seed, c, device, update, decode):
+    """Draws pictures 0, 1, ... of a seed, of the conditions (C, L) in turn, into the files `parts`, each
+    uint8 (B, S, S, 3), shared among the ranks. Those that exist stay: an interrupted run goes on, and a
+    larger number adds to a smaller one."""
     rank, world = drr.ranks()
     missing = from_rank_0([number for number, path in enumerate(parts) if not path.exists()])
     for number in tqdm(missing[rank::world], "sampling", unit=f" x {c.batch_size} images", disable=rank > 0):
         indices = range(number * c.batch_size, (number + 1) * c.batch_size)      # the last part is full, too
-        labels = torch.tensor([classes[i % len(classes)] for i in indices], device=device)
-        codes = drr.sample(model, labels[:, None], seed, indices, c, update=update, decode=decode)
+        cond = conditions[[i % len(conditions) for i in indices]]                  # (B, L)
+        codes = drr.sample(model, cond, seed, indices, c, update=update, decode=decode)
         with replacing(parts[number]) as temporary, open(temporary, "wb") as f:
             np.save(f, to_pixels(model.decode(codes)))
     if world > 1:
@@ -262,6 +267,29 @@ def commit():
         command = ["git", "-C", str(HERE), "describe", "--always", "--dirty=+", "--exclude=*"]
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
     return "unknown"
+
+
+def read_captions(path):
+    """The lines of a text file, or the first caption of each image in DIR/val that has one."""
+    if Path(path).is_dir():
+        files, _, _ = data.find_images(path, "val", captions=True)
+        found = [texts[0] for texts in map(files.texts, range(len(files))) if texts]
+    else:
+        found = list(filter(str.strip, Path(path).read_text("utf-8-sig", "replace").splitlines()))
+    if not found:
+        raise UserError(f"{path} holds no captions; expected lines of text, or images with captions.")
+    return found
+
+
+def clip_score(clip, pictures, captions):
+    """The mean cosine of the pictures and their captions, which come in turn, by a text.Clip."""
+    scores = []
+    with tqdm(total=pictures.count, desc="CLIP", unit="image") as bar:
+        for images in pictures.batches():
+            texts = [captions[i % len(captions)] for i in range(bar.n, bar.n + len(images))]
+            scores.append(clip.score(to_float(images, "cpu"), texts))
+            bar.update(len(images))
+    return torch.cat(scores).double().mean().item()
 
 
 # === Metrics ================================================================================================
@@ -437,12 +465,14 @@ def parse_arguments():
         help="efficientnet, inception, classifier (ours, 32x32) or the file of a program (efficientnet)")
     add("--save-reference", metavar="NPZ", help="write the reference's statistics, for the next --reference")
     add("--json", metavar="FILE", help="also write numbers and protocol here")
+    add("--captions", metavar="C", help="of the pictures, in turn: a file of lines, or a DIR (its val's)")
+    add("--clip", metavar="DIR", help="the folder of a CLIP model, for the CLIP score with --captions")
     add_device_arguments(parser)
     add = parser.add_argument_group("samples of a checkpoint").add_argument
     add("--checkpoint", metavar="DIR", default=str(BUNDLED), help="the folder of its two files (bundled)")
     add("--class", dest="classes", metavar="C", help="as for sample.py (the reference's, otherwise all)")
     # Not --num: torchrun would take it for an option of its own.
-    add("--number", type=int, default=1000, metavar="N", help="pictures, of the classes in turn (1000)")
+    add("--number", type=int, metavar="N", help="pictures, of the classes (1000) or captions (all) in turn")
     add("--seed", type=int, default=0, help="picture i of a seed is the same in any batch (0)")
     add("--out", metavar="DIR", help="keep and reuse the pictures here (samples/HASH)")
     add("--npz", metavar="FILE", help="also write them for the ADM evaluator")
@@ -456,6 +486,12 @@ def parse_arguments():
     idle = [key for key in idle if vars(args)[key] not in (parser.get_default(key), [])]
     if idle and (args.samples or args.reconstructions):
         raise UserError(f"With --samples or --reconstructions nothing is drawn; leave {', '.join(idle)} out.")
+    if args.clip and not args.captions or args.captions and args.reconstructions:
+        raise UserError("--captions are those of samples, and --clip compares pictures with --captions.")
+    if args.captions:
+        args.captions = read_captions(args.captions)
+    if args.number is None:
+        args.number = len(args.captions or range(1000))
     if not 1 <= args.number <= 10_000_000 or not 0 <= args.seed < 2 ** 63:
         raise UserError(f"--number is {args.number}, --seed {args.seed}; expected 1 to 10000000, 0 or more.")
     inputs = [Path(path).resolve() for path in (args.reference, args.samples) if path]
@@ -486,12 +522,18 @@ def main():
         path = args.samples
         samples = in_array(path, read_npz(path)) if Path(path).suffix == ".npz" else in_folder(path)
         size = samples.size
+        if args.captions and samples.count != len(args.captions):
+            raise UserError(f"{path} holds {samples.count} pictures, and there are {len(args.captions)} "
+                            "captions; give one for each, in the order of the pictures.")
     else:
         checkpoint = vae, transformer, info = models.load_checkpoint(args.checkpoint)
         checked = strategies if models.kind(info.transformer).decode is drr.draft_and_revise else common
         c = checked.sampling_values(info, args.overrides, transformer.positions)
         size = vae.size
-    reference = draw = None
+    reference = draw = clip = None
+    if args.clip and rank == 0:
+        from tools.clip import Clip
+        clip = Clip(args.clip, device)
     if rank == 0:                                            # the others only draw
         network = load_features(args.features, device)
         dimension = network.extract(torch.zeros(2, 3, size, size, device=device))[0].shape[1]
@@ -541,6 +583,9 @@ def main():
         names = f"Inception Score{kind}", "its deviation over parts of them"
         results |= zip(names, inception_score(logits))
     results |= class_accuracy(logits, samples.labels, network.classes)
+    if clip:
+        protocol["CLIP score"] = f"{clip.name}, plain mean cosine of each picture and its own caption"
+        results["CLIP score"] = clip_score(clip, samples, args.captions)
     if reference.pictures:
         shares = class_accuracy(real_logits, reference.pictures.labels, network.classes)
         results |= {f"of the reference: {name}": share for name, share in shares.items()}
