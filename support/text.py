@@ -137,8 +137,9 @@ class Captions:
         with explained(args.init or self.path):
             held = finished(Tokenizer.from_str(held), c) if held else None
         held = held or train_tokenizer(list(itertools.chain(*self.texts)), c)
-        with replacing(self.path) as temporary:
-            temporary.write_text(held)
+        if not args.resume or args.force or not self.path.exists():          # other captions are refused later
+            with replacing(self.path) as temporary:
+                temporary.write_text(held)
         return held
 
     @functools.cached_property

@@ -1,4 +1,4 @@
-"""Texts as conditions: captions of all kinds of data -> tokens -> trainings, pictures, exports, CLIP scores."""
+"""Texts as conditions: captions in data of all kinds -> tokens -> trainings, pictures, exports, scores."""
 import json
 import shutil
 from types import SimpleNamespace
@@ -64,7 +64,6 @@ def folder(tmp_path_factory):
 def draw(call, folder, tmp_path):
     """draw(text, ...) draws four pictures by sample.py: (4, S, S, 3)."""
     def draw(text, *more, checkpoint=("--checkpoint", folder / "run")):
-        shutil.rmtree(tmp_path / "single", ignore_errors=True)
         call(sample.main, "--text", text, "--num", 4, "--out", "x.png", "--out-dir", "single",
              "--precision", "fp32", "--device", "cpu", *checkpoint, *more)
         return np.stack([np.array(Image.open(path)) for path in sorted((tmp_path / "single").iterdir())])
@@ -98,7 +97,7 @@ def test_a_tokenizer_travels_with_its_checkpoint_and_its_export(folder, draw, tm
     assert (abs(ours - theirs) <= 2).mean() > 0.95 > 0.5 > (abs(ours - other) <= 2).mean()
 
 
-def test_a_run_that_was_stopped_goes_on_the_same_with_the_same_captions_only(folder, tmp_path):
+def test_a_run_that_was_stopped_goes_on_the_same_with_the_same_captions_only(folder, official, tmp_path):
     shutil.copytree(folder / "data", tmp_path / "data")
     lay_out(tmp_path, {"data/train/0.txt": b"red fire\nfar smoke\na hill\n", "data/train/1.txt": b"one\ntwo"})
     short = [f"transformer.{change}" for change in ("steps=6", "log_every=1", "cond_dropout=0.5")]
@@ -115,6 +114,7 @@ drr.masked_loss = lambda model, codes, mask, cond, targets=None: (
     counts = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("null")]
     assert {count for step in counts for count in step} == {"0", "8"}
     assert run("stopped", before=receives("SIGTERM", step=3)).returncode == 128 + 15
+    refused(run("stopped", "--resume", "--tokenizer", *official), "the captions", "--force")
     finished(run("stopped", "--resume"))
     assert_same(tmp_path / "whole", tmp_path / "stopped", "transformer")
     lay_out(tmp_path, {"data/train/1.txt": b"one\nthree"})
@@ -148,7 +148,7 @@ def test_two_files_of_a_tokenizer_give_its_ids_padded_cut_and_unknown_or_are_ref
     assert text.prompts(info, ["a cat" + " cat" * 6 + "s"]).tolist() == [[3, *6 * [9], 8]]
     assert "is cut after 'a cat cat cat cat cat cat ca'" in capsys.readouterr().err
     assert text.detokenize(tokenizer, text.tokenize(tokenizer, ["Cat a"])) == ["cat a"]
-    for files, message in ((official[::-1], "in this order"), ((official[0], "none"), "and none are no vocab.json"),
+    for files, message in ((official[::-1], "in this order"), ((official[0], "none"), "none are no vocab"),
                            (official, "10 entries, transformer.text_vocab is 9")):
         with pytest.raises(drr.UserError, match=message):
             text.official_tokenizer(files, SimpleNamespace(text_length=8, text_vocab=9))
@@ -164,12 +164,10 @@ def write(folder, kind):
     lines = [[line.encode("latin-1") for line in texts] for texts in TEXTS]
     content = {}
     for i in range(5):
-        content[f"{i}.png"] = png(i)
-        content |= {f"{i}.txt": b"\n".join(lines[i])} if lines[i] else {}
-    if kind == "folder":
-        lay_out(folder / "train", content)
-    elif kind == "shard":
-        lay_out(folder / "train", {"0.tar": tar(content)})
+        content |= {f"{i}.png": png(i), f"{i}.txt": b"\n".join(lines[i])}
+    del content["2.txt"]
+    if kind in ("folder", "shard"):
+        lay_out(folder / "train", content if kind == "folder" else {"0.tar": tar(content)})
     elif kind in LISTS:
         rows = [b"%d.png\t%s" % (i, line) for i in range(5) for line in lines[i] or [b""]]
         lay_out(folder, content | {kind: b"\r\n".join([*rows, b"gone.png\tgone"])})
@@ -197,31 +195,29 @@ def test_data_of_every_kind_give_the_same_tokens_for_the_same_captions(tmp_path,
 
 
 def test_without_a_single_caption_or_listed_image_a_sentence_says_what_is_expected(tmp_path):
-    lay_out(tmp_path, {"train/0.png": png(), "train/0.txt": b"\n \n"})
-    files, _, _ = data.find_images(tmp_path, captions=True)
+    lay_out(tmp_path, {"train/0.png": png(), "train/0.txt": b"\n \n", "listed/train.tsv": b"gone.png\ta"})
     with pytest.raises(drr.UserError, match="None of the 1 images has a caption.*expected KEY.txt"):
-        text.Captions(files, tmp_path / "out", GIVEN, SMALL)
-    lay_out(tmp_path, {"train.tsv": b"gone.png\ta fox\n"})
+        text.Captions(data.find_images(tmp_path, captions=True)[0], tmp_path / "out", GIVEN, SMALL)
     with pytest.raises(drr.UserError, match="names no image that exists"):
-        data.find_images(tmp_path, captions=True)
+        data.find_images(tmp_path / "listed", captions=True)
 
 
 def test_a_step_draws_one_caption_of_each_image_by_seed_and_step_however_many_ranks_there_are():
-    captions = object.__new__(text.Captions)
+    captions = object.__new__(text.Captions)                 # image 0 has three, image 1 none, image 2 one
     captions.first, captions.count = np.array([0, 3, 3]), np.array([3, 0, 1])
     captions.tokens = np.arange(4, dtype=np.uint16)[:, None].repeat(8, 1)
     views = SimpleNamespace(file_of=np.array([0, 2]), batch_size=6)
+    source = SimpleNamespace(captions=captions, views=views)
 
-    def drawn(seed, step, rows=range(6)):                    # views 0 1 0 1 0 1
+    def drawn(seed, step, rows=range(6)):                    # images 0 2 0 2 0 2
         views.rows = np.array(rows)
-        source = SimpleNamespace(captions=captions, views=views)
         return train_transformer.conditions(source, None, views.rows % 2, seed, step)
     whole = torch.stack([drawn(0, step) for step in range(400)])                   # (400, 6, 8)
     assert torch.equal(drawn(0, 7), whole[7]) and not torch.equal(drawn(1, 7), whole[7])
     assert torch.equal(torch.cat([drawn(0, 7, range(2)), drawn(0, 7, range(2, 6))]), whole[7])
     shares = torch.bincount(whole[:, ::2, 0].flatten()) / 1200
-    assert (whole[:, 1::2] == 3).all() and len(shares) == 3
-    assert (shares - 1 / 3).abs().max() < 0.07               # 5 standard deviations
+    assert len(shares) == 3 and (shares - 1 / 3).abs().max() < 0.07                # 5 standard deviations
+    assert (whole[:, 1::2] == 3).all()
 
 
 # === Mistakes at sample.py ==================================================================================
