@@ -134,8 +134,9 @@ def load_data(args, config, vae, states, out, dtype, exact, device):
         cond = text.tokenize(c.tokenizer, labels) if of_text else labels[:, None] * (c.cond == "class")
         val = torch.cat(codes), cond.to(device)
     if of_text:
-        known = val[1].cpu() if val else torch.from_numpy(captions.tokens.astype(np.int64))
-        shown = known[np.linspace(0, len(known) - 1, 16).astype(int)]
+        known = val[1].cpu().numpy() if val else captions.tokens
+        some = np.linspace(0, len(known) - 1, 16).astype(int)
+        shown = torch.from_numpy(known[some].astype(np.int64))
         (out / "samples.txt").write_text("\n".join(text.detokenize(c.tokenizer, shown)) + "\n")
     return SimpleNamespace(views=views, cache=cache, captions=captions, val=val, shown=shown,
                            settings=settings, classes=classes, titles=titles)
