@@ -257,7 +257,7 @@ MISTAKES = [
     (TRANSFORMER_DATA, "nowhere.safetensors", ["--vae nowhere.safetensors"]),
     (TRANSFORMER_DATA, "file", ["--vae file"]),
     (f"{TRANSFORMER} --vae good/vae.safetensors", "cond=none", ["--data flat"]),
-    (GIVEN, "text", ["transformer.cond=text", "--tokenizer vocab.json merges.txt"]),
+    (GIVEN, "text", ["transformer.cond=text --out runs/text", "--tokenizer vocab.json merges.txt"]),
     (GIVEN, "d_model", ["transformer.d_model=40"]),
     (GIVEN, "resume", ["--resume"]),
     (GIVEN, "another RQ-VAE", ["--out other"]),
