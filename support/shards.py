@@ -62,7 +62,7 @@ def open_archives(archives, class_names):
     if "json" in kinds and None in values:
         values = [document.get("label") if value is None and isinstance(document, dict) else value
                   for value, document in zip(values, table["json"][:])]
-    inner = {f: getattr(kinds[f], "feature", kinds[f]) for f in CAPTIONS if f in kinds}        # that of a list
+    inner = {f: getattr(kinds[f], "feature", kinds[f]) for f in CAPTIONS if f in kinds}       # that of a list
     of_text = next((f for f in inner if getattr(inner[f], "dtype", "").endswith(("string", "binary"))), None)
     captions = table[of_text] if of_text else len(table) * [None]
     table = table.select_columns(fields).with_format("arrow")

@@ -35,9 +35,10 @@ SPECIAL = ["[PAD]", "[UNK]"]                                 # ids 0 and 1
 def train_tokenizer(captions, c):
     """A tokenizer of at most c.text_vocab entries for the captions, a list of texts: its JSON."""
     bpe = CharBPETokenizer(unk_token=SPECIAL[1], lowercase=True)
-    counts = collections.Counter(letter for text in captions for letter in bpe.normalize(text) if letter != " ")
+    counts = collections.Counter(letter for text in captions for letter in bpe.normalize(text))
+    del counts[" "]
     letters = sorted(counts, key=lambda letter: (-counts[letter], letter))
-    letters = letters[:max(1, min(1000, c.text_vocab // 4))]       # each stands within words and at their ends
+    letters = letters[:max(1, min(1000, c.text_vocab // 4))]       # each is within words and at their ends
     # The library would take both from a hash table, in an order that is another in each process. Given them,
     # it trains the same tokenizer every time.
     ends = [f"{letter}</w>" for letter in letters]
@@ -86,7 +87,7 @@ def detokenize(tokenizer, ids):
 
 def prompts(info, texts):
     """Conditions (B, L) of the texts that a user asks for, by the tokenizer in a checkpoint's `info`; says
-    where one is cut. UserError for none, one of which nothing is known, and a checkpoint without tokenizer."""
+    where one is cut. UserError for none, one without a known piece, and a checkpoint without tokenizer."""
     if not texts:
         raise UserError('Which text? This checkpoint is conditioned on text: give --text "a red fox".')
     if not hasattr(info.transformer, "tokenizer"):
@@ -137,7 +138,7 @@ class Captions:
         with explained(args.init or self.path):
             held = finished(Tokenizer.from_str(held), c) if held else None
         held = held or train_tokenizer(list(itertools.chain(*self.texts)), c)
-        if not args.resume or args.force or not self.path.exists():          # other captions are refused later
+        if not args.resume or args.force or not self.path.exists():      # another one is refused later
             with replacing(self.path) as temporary:
                 temporary.write_text(held)
         return held
