@@ -105,7 +105,7 @@ def listed_images(path):
     """The Files in a list, each line a path relative to it, a TAB and a caption; a path in several lines has
     several captions. Paths without a file are left out and counted."""
     found = collections.defaultdict(list)
-    for line in path.read_bytes().splitlines():
+    for line in path.read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines():        # a byte-order mark
         name, _, caption = line.partition(b"\t")
         found[os.fsdecode(name)].append(caption)
     with ThreadPoolExecutor() as pool:                       # because a network disk answers slowly
