@@ -306,6 +306,8 @@ def infill_to(out, checkpoints, directory, device, dtype):
     checkpoints: [(folder, what models.load_checkpoint returns)]."""
     fillers, about = {}, []
     for folder, (vae, transformer, info) in checkpoints:
+        if info.transformer.cond == "text":
+            raise UserError(f"{folder} knows texts; only models of classes are compared here.")
         about.append((drr.code_fingerprint(vae), info.classes))
         if about[-1] != about[0]:
             raise UserError(f"{folder} has another RQ-VAE or other classes than {checkpoints[0][0]}; only "
