@@ -123,7 +123,8 @@ def output_paths(args, num):
     """The grid's path and those of the single pictures. Fails before the work rather than after it."""
     name = re.sub(r"[^\w-]+", "_", (args.classes or " ".join(args.text) or "sample").replace(",", "-"))[:40]
     out = Path(args.out or f"samples/{name}_seed{args.seed}.png")
-    single = [] if args.out_dir is None else [Path(args.out_dir) / f"{i:03d}.png" for i in range(num)]
+    digits = max(3, len(str(num - 1)))
+    single = [Path(args.out_dir) / f"{i:0{digits}d}.png" for i in range(num)] if args.out_dir else []
     taken = {Path(path).resolve() for path in (args.image, args.mask, args.reconstruct) if path}
     for path in (*single, out):
         if path.resolve() in taken:
@@ -200,7 +201,8 @@ def main():
         raise UserError("Repainting needs --image with either --region or --mask; --paste goes with them.")
     model, info, device = load_model(args, device, dtype)
     if args.text_file:
-        args.text += filter(str.strip, Path(args.text_file).read_text("utf-8-sig", "replace").splitlines())
+        from support.text import text_lines
+        args.text += text_lines(args.text_file)
     conditions, names = pick_conditions(args.classes, args.text, info, model.null)             # (C, L)
     conditions = conditions.to(device)
     c = sampling_values(info, args.flags + args.overrides, model.positions)

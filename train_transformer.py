@@ -69,7 +69,7 @@ def build(c, conditions, vae, weights, device):
     if weights:
         tensors, meta = drr.read_model(weights)
         if c.cond == "text" and meta.get("transformer", {}).get("tokenizer") != c.tokenizer:
-            print(f"{weights} knows classes or other tokens: the condition's embeddings begin anew")
+            print(f"{weights} has other conditions: their embeddings begin anew")
             tensors |= {name: p for name, p in transformer.state_dict().items() if name.startswith("cond_")}
         drr.fill(transformer, tensors, weights)
     # DEVIATION: a moving average of the weights is the result; the paper does not say that it has one.
@@ -101,8 +101,8 @@ def optimizers(transformer, c):
 def load_data(args, config, vae, states, out, dtype, exact, device):
     """A namespace: `views`; their `cache`d codes (1 or 2, M, N, D), or None if each step encodes its own;
     `captions`, or None; `val`, codes (B, N, D) and conditions (B, L) of up to 1,024 images of DIR/val, or
-    None; `shown`, conditions (16, L) for pictures; the `settings` that a resumed run must share; the
-    `classes`' names and `titles`. exact: the precision of the codes."""
+    None; `shown`, conditions (16, L) for pictures, and their `texts`; the `settings` that a resumed run must
+    share; the `classes`' names and `titles`. exact: the precision of the codes."""
     c = config.transformer
     of_text = c.cond == "text"
     files, labels, classes = data.find_images(args.data, out=out, captions=of_text)
@@ -133,12 +133,12 @@ def load_data(args, config, vae, states, out, dtype, exact, device):
         codes = [data.encode(vae, to_float(x, device), exact) for x in images.split(128)]
         cond = text.tokenize(c.tokenizer, labels) if of_text else labels[:, None] * (c.cond == "class")
         val = torch.cat(codes), cond.to(device)
+    texts = None
     if of_text:
-        known = val[1].cpu().numpy() if val else captions.tokens
-        some = np.linspace(0, len(known) - 1, 16).astype(int)
-        shown = torch.from_numpy(known[some].astype(np.int64))
-        (out / "samples.txt").write_text("\n".join(text.detokenize(c.tokenizer, shown)) + "\n")
-    return SimpleNamespace(views=views, cache=cache, captions=captions, val=val, shown=shown,
+        texts = labels or [files.texts(i)[0] for i in np.flatnonzero(captions.count)[:16]]
+        texts = [texts[i * len(texts) // 16] for i in range(16)]
+        shown = text.tokenize(c.tokenizer, texts)
+    return SimpleNamespace(views=views, cache=cache, captions=captions, val=val, shown=shown, texts=texts,
                            settings=settings, classes=classes, titles=titles)
 
 
@@ -201,8 +201,6 @@ def main():
     device, dtype = runs.join_ranks(args)
     exact = dtype if args.precision == "bf16" else torch.float32       # of codes: as in stage 1
     rank = drr.ranks()[0]
-    if args.tokenizer and c.cond != "text":
-        raise UserError("--tokenizer is for transformer.cond=text; leave it out.")
     if c.muon_lr and c.shard:
         raise UserError("Muon needs whole matrices; leave transformer.muon_lr or transformer.shard out.")
     if c.cond_dropout and not kind.null:
@@ -227,6 +225,8 @@ def main():
     transformer, ema, opt, muon, whole_ema = build(c, number, vae, args.init, device)
     parts = {"transformer": transformer, "ema": ema, "opt": opt, "muon": muon}
     start = states.begin(parts, source.settings, c.shard)
+    if rank == 0 and source.texts:
+        (out / "samples.txt").write_text("\n".join(source.texts) + "\n", "utf-8")
     if rank == 0 and not beside.exists():
         drr.save_vae(beside, vae, config, drr.former_fingerprints(path, vae))
     forward = runs.parallel(torch.compile(transformer) if c.compile else transformer, device, c.shard)

@@ -192,10 +192,10 @@ def find_class(text, classes, titles):
 
 
 def pick_conditions(text, texts, info, null):
-    """--class or the list of --text -> conditions (C, L) int64, and their names. null: the null class's id."""
+    """--class or the list of --text -> conditions (C, L) int64 and their names. null: the null class's id."""
     cond = info.transformer.cond
     if texts and cond != "text":
-        raise UserError("This checkpoint knows no texts; leave --text out.")
+        raise UserError("This checkpoint knows no texts; leave them out.")
     if text and cond != "class":
         raise UserError("This checkpoint knows no classes; leave --class out.")
     if cond == "none":

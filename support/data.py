@@ -106,11 +106,12 @@ def listed_images(path):
     several captions. Paths without a file are left out and counted."""
     found = collections.defaultdict(list)
     for line in path.read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines():        # a byte-order mark
-        name, _, caption = line.partition(b"\t")
+        name, tab, caption = line.partition(b"\t")
+        if not tab and line.strip():
+            raise UserError(f"{path} has a line without a TAB, {line[:60]}; expected PATH<TAB>CAPTION.")
         found[os.fsdecode(name)].append(caption)
-    with ThreadPoolExecutor() as pool:                       # because a network disk answers slowly
-        there = pool.map(os.path.isfile, (path.parent / name for name in found))
-        names = [name for name, exists in zip(found, there) if exists]
+    found.pop("", None)                                      # empty lines
+    names = [name for name in found if (path.parent / name).is_file()]
     if not names:
         raise UserError(f"{path} names no image that exists; expected lines PATH<TAB>CAPTION.")
     if ranks()[0] == 0:
@@ -122,9 +123,11 @@ def find_images(directory, split="train", out=None, captions=False):
     """Images of DIR/split/<class>/*, or of the archives DIR/split/*.tar or *.parquet (of DIR when there is no
     DIR/train). Returns the files in a fixed order, their labels (F,) int64 and the class names (without
     classes one, ""). UserError without images, and where a training would write to `out` among them.
-    captions: for a model of text; then a list of images with captions comes first."""
-    if captions and caption_list(directory, split):
-        files = listed_images(caption_list(directory, split))
+    A list of images with captions stands for a folder DIR/split that is not there; for a model of `captions`
+    it comes first."""
+    listed = caption_list(directory, split)
+    if listed and (captions or not (Path(directory) / split).is_dir()):
+        files = listed_images(listed)
         return files, np.zeros(len(files), np.int64), [""]
     root, archives = split_of(directory, split)
     if root is None:
@@ -143,7 +146,6 @@ def find_images(directory, split="train", out=None, captions=False):
         from support.shards import open_archives
         table, names, labels, classes, texts = open_archives(archives, [k for k, _ in class_table(directory)])
     else:
-        unused = [path for path in unused if not captions or not path.endswith(".txt")]
         if unused and ranks()[0] == 0:
             print(f"{root}: not used, as no images: {len(unused)} files or folders, for example "
                   f"{', '.join(unused[:3])}", file=sys.stderr)
@@ -174,7 +176,7 @@ def pictures(root, inside, unused, splits=(), above=()):
     for entry in entries:
         if os.path.splitext(entry.name)[1].lower() in EXTENSIONS and entry.is_file():
             yield inside + entry.name
-        elif entry.name != "classes.tsv" and not entry.is_dir():               # a link to nothing, too
+        elif entry.name != "classes.tsv" and not entry.name.endswith(".txt") and not entry.is_dir():
             unused.append(entry.path)
     for entry in entries:
         if entry.name not in splits and entry.is_dir() and os.path.realpath(entry.path) not in above:
@@ -360,11 +362,11 @@ class Views(torch.utils.data.Dataset):
             yield from (batch.result() for batch in ahead)
 
 
-def validation_images(directory, size, count, classes=None):
+def validation_images(directory, size, count, classes):
     """Up to `count` central crops of DIR/val, spread over it, uint8 (B, 3, S, S), and labels (B,), indices of
-    `classes` (all 0 where those are [""]); without `classes` a list of captions instead. (None, None) without
-    DIR/val, UserError where it has none of them."""
-    if split_of(directory, "val")[0] is None and (classes or not caption_list(directory, "val")):
+    `classes` (all 0 where those are [""]); where `classes` is None a list of captions instead. (None, None)
+    without DIR/val, UserError where it has none of them."""
+    if split_of(directory, "val")[0] is None and not caption_list(directory, "val"):
         return None, None
     files, labels, names = find_images(directory, "val", captions=classes is None)
     if classes is None:

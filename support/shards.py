@@ -64,7 +64,7 @@ def open_archives(archives, class_names):
                   for value, document in zip(values, table["json"][:])]
     inner = {f: getattr(kinds[f], "feature", kinds[f]) for f in CAPTIONS if f in kinds}       # that of a list
     of_text = next((f for f in inner if getattr(inner[f], "dtype", "").endswith(("string", "binary"))), None)
-    captions = table[of_text] if of_text else len(table) * [None]
+    captions = table[of_text][:] if of_text else len(table) * [None]
     table = table.select_columns(fields).with_format("arrow")
     if all(value is None for value in values):
         return table, names, np.zeros(len(table), np.int64), [""], captions

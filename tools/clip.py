@@ -20,7 +20,12 @@ class Clip:
         try:
             if not (Path(folder) / "config.json").is_file():
                 raise ValueError("it holds no config.json")
-            self.model = CLIPModel.from_pretrained(folder, local_files_only=True).to(device).eval()
+            options = {"local_files_only": True, "output_loading_info": True}
+            self.model, found = CLIPModel.from_pretrained(folder, **options)
+            # What a file lacks would be random.
+            if found["missing_keys"] or found["mismatched_keys"]:
+                raise ValueError("weights are missing or of another shape")
+            self.model.to(device).eval()
             self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         except Exception as error:                           # transformers raises nearly anything
             raise UserError(f"{folder} is no CLIP model ({type(error).__name__}: {error}); expected a folder "

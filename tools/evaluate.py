@@ -271,18 +271,20 @@ def commit():
 
 def read_captions(path):
     """The lines of a text file, or the first caption of each image in DIR/val that has one."""
-    if Path(path).is_dir():
-        files, _, _ = data.find_images(path, "val", captions=True)
-        found = [texts[0] for texts in map(files.texts, range(len(files))) if texts]
-    else:
-        found = list(filter(str.strip, Path(path).read_text("utf-8-sig", "replace").splitlines()))
+    if not Path(path).is_dir():
+        from support.text import text_lines
+        return text_lines(path)
+    if data.split_of(path, "val")[0] is None and not data.caption_list(path, "val"):
+        raise UserError(f"{path} has neither val/ nor val.tsv; give the folder that holds them, or a file.")
+    files, _, _ = data.find_images(path, "val", captions=True)
+    found = [texts[0] for texts in map(files.texts, range(len(files))) if texts]
     if not found:
-        raise UserError(f"{path} holds no captions; expected lines of text, or images with captions.")
+        raise UserError(f"No image in {path}/val has a caption; give another folder, or a file of lines.")
     return found
 
 
 def clip_score(clip, pictures, captions):
-    """The mean cosine of the pictures and their captions, which come in turn, by a text.Clip."""
+    """The mean cosine of the pictures and their captions, which come in turn, by a Clip."""
     scores = []
     with tqdm(total=pictures.count, desc="CLIP", unit="image") as bar:
         for images in pictures.batches():
@@ -486,8 +488,10 @@ def parse_arguments():
     idle = [key for key in idle if vars(args)[key] not in (parser.get_default(key), [])]
     if idle and (args.samples or args.reconstructions):
         raise UserError(f"With --samples or --reconstructions nothing is drawn; leave {', '.join(idle)} out.")
-    if args.clip and not args.captions or args.captions and args.reconstructions:
+    if args.clip and not args.captions or args.captions and (args.reconstructions or
+                                                             args.samples and not args.clip):
         raise UserError("--captions are those of samples, and --clip compares pictures with --captions.")
+    args.source = args.captions
     if args.captions:
         args.captions = read_captions(args.captions)
     if args.number is None:
@@ -583,6 +587,8 @@ def main():
         names = f"Inception Score{kind}", "its deviation over parts of them"
         results |= zip(names, inception_score(logits))
     results |= class_accuracy(logits, samples.labels, network.classes)
+    if args.captions:
+        protocol["captions"] = f"{len(args.captions)} of {args.source}"
     if clip:
         protocol["CLIP score"] = f"{clip.name}, plain mean cosine of each picture and its own caption"
         results["CLIP score"] = clip_score(clip, samples, args.captions)
