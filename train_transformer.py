@@ -201,6 +201,8 @@ def main():
     device, dtype = runs.join_ranks(args)
     exact = dtype if args.precision == "bf16" else torch.float32       # of codes: as in stage 1
     rank = drr.ranks()[0]
+    if args.tokenizer and c.cond != "text":
+        raise UserError("--tokenizer is for models of text (transformer.cond=text); leave it out.")
     if c.muon_lr and c.shard:
         raise UserError("Muon needs whole matrices; leave transformer.muon_lr or transformer.shard out.")
     if c.cond_dropout and not kind.null:

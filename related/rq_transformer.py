@@ -273,6 +273,8 @@ def main():
     classes = titles = [""]
     if config.transformer.cond == "class":
         classes, titles = official.class_names(conditions)
+    if args.tokenizer and config.transformer.cond != "text":
+        raise UserError("--tokenizer is for releases of text; leave it out.")
     if args.tokenizer:
         from support.text import official_tokenizer
         config.transformer.tokenizer = official_tokenizer(args.tokenizer, config.transformer)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 datasets = pytest.importorskip("datasets", reason="datasets is not installed (requirements-data.txt)")
 tokenizers = pytest.importorskip("tokenizers", reason="tokenizers is not installed (requirements-text.txt)")
@@ -19,6 +20,7 @@ from conftest import random_checkpoint
 from processes import assert_same, finished, receives, refused, rows, train
 from support import backends, common, data, models, text
 from test_data import lay_out, own_cache, picture, png, tar  # noqa: F401: own_cache is a fixture
+from tools import captions, evaluate
 from tools.clip import Clip
 
 CAPTIONS = ["a wall", "Stripes"]
@@ -153,6 +155,12 @@ def test_two_files_of_a_tokenizer_give_its_ids_padded_cut_and_unknown_or_are_ref
             text.official_tokenizer(files, SimpleNamespace(cond="text", text_length=8, text_vocab=9))
 
 
+@pytest.mark.parametrize("kept", [None, "", "5", '{"x": 1}'])
+def test_a_damaged_tokenizer_is_refused(kept):
+    with pytest.raises(drr.UserError, match="has no tokenizer, or a damaged one"):
+        text.restored(kept, SMALL)
+
+
 # === Captions ===============================================================================================
 TEXTS = [["a red fox", "a fox"], ["snow"], [], ["\xff"], [" ", ""]]             # of five pictures
 LISTS = "train.tsv", "train_list.txt"
@@ -280,3 +288,46 @@ def test_best_of_keeps_each_pictures_best_candidate(draw, clip, monkeypatch):
     best = torch.stack(scores).argmax(0).tolist()
     assert np.shape(candidates) == (3, 4, 32, 32, 3) and len(set(best)) > 1
     assert all(np.array_equal(kept[i], candidates[attempt][i]) for i, attempt in enumerate(best))
+
+
+def test_a_clip_model_that_lacks_weights_is_refused(clip, tmp_path):
+    shutil.copytree(clip, tmp_path / "clip")
+    tensors = load_file(clip / "model.safetensors")
+    tensors.pop("text_projection.weight")
+    save_file(tensors, tmp_path / "clip" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(drr.UserError, match="weights are missing"):
+        Clip(tmp_path / "clip", torch.device("cpu"))
+
+
+def test_an_evaluation_draws_and_scores_one_picture_for_each_caption(call, folder, clip, tmp_path):
+    common_options = ("--captions", folder / "data", "--reference", folder / "data" / "val", "--features",
+                      "classifier", "--clip", clip, "--json", "result.json", "--device", "cpu")
+    call(evaluate.main, "--checkpoint", folder / "run", *common_options, "--out", "drawn", "t_draft=2")
+    pixels = torch.from_numpy(np.load("drawn/part-000000.npy")).permute(0, 3, 1, 2)[:2]
+    scores = Clip(clip, torch.device("cpu")).score(common.to_float(pixels, "cpu"), CAPTIONS)
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["results"]["CLIP score"] == pytest.approx(scores.mean().item(), abs=1e-4)
+    assert "plain mean cosine" in result["protocol"]["CLIP score"] and "2 of" in result["protocol"]["captions"]
+    lay_out(tmp_path / "one", {"0.png": png(0, (32, 32))})
+    with pytest.raises(drr.UserError, match="1 pictures, and there are 2 captions"):
+        call(evaluate.main, "--samples", tmp_path / "one", *common_options)
+
+
+# === Captions made of classes ===============================================================================
+def test_captions_are_made_of_titles_families_and_colours(call, tmp_path, monkeypatch):
+    names = {"n1": "red_fox", "n2": "kit_fox", "n3": "grey_fox", "n4": "lemon"}
+    table = "wnid\tname\n" + "".join(f"{wnid}\t{name}\n" for wnid, name in names.items())
+    lay_out(tmp_path, {"data/classes.tsv": table.encode()})
+    for i, (wnid, colour) in enumerate(zip(names, ["red", "blue", "white", "yellow"])):
+        image = Image.new("RGB", (32, 32), colour)
+        image.paste("lime", (0, 0, 32, 32 * (i == 3) // 2))  # the last is half green
+        (tmp_path / f"data/train/{wnid}").mkdir(parents=True)
+        image.save(tmp_path / f"data/train/{wnid}/0.png")
+    call(captions.main, "--data", "data")
+    lines = [(tmp_path / f"data/train/{wnid}/0.txt").read_text().splitlines() for wnid in names]
+    assert lines[0] == ["red fox", "a photo of a red fox", "a photo of a fox", "a mostly red picture of a red fox"]
+    assert [found[-1].split(" picture")[0] for found in lines[1:3]] == ["a mostly blue", "a mostly white"]
+    assert lines[3][:2] == ["lemon", "a photo of a lemon"] and len(lines[3]) == 3
+    assert set(lines[3][2].split(" picture")[0].split()) in ({"a", "mostly", "green"}, {"a", "mostly", "yellow"})
+    with pytest.raises(drr.UserError, match="is there already; add --force"):
+        call(captions.main, "--data", "data")
