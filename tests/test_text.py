@@ -331,3 +331,11 @@ def test_captions_are_made_of_titles_families_and_colours(call, tmp_path, monkey
     assert set(lines[3][2].split(" picture")[0].split()) in ({"a", "mostly", "green"}, {"a", "mostly", "yellow"})
     with pytest.raises(drr.UserError, match="is there already; add --force"):
         call(captions.main, "--data", "data")
+
+
+def test_every_sample_without_a_colour_has_one_largest_colour(call, folder, capsys):
+    call(captions.main, "--obeyed", folder / "run", "--titles", "wall", "--number", 4, "t_draft=2", "rounds=0",
+         "--device", "cpu")
+    table = [line.split() for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [row[0] for row in table] == captions.COLOURS
+    assert sum(float(row[2]) for row in table) == 1 and all(0 <= float(row[1]) <= 1 for row in table)
