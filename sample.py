@@ -22,9 +22,9 @@ from tqdm import tqdm
 import drr
 from drr import UserError
 from support import models
-from support.common import (BUNDLED, add_device_arguments, crop, grid, open_image, pick_conditions,
-                            pick_device, precision_name, reconstructions, resize_mask, run, sampling_values,
-                            save_picture, to_float, to_pixels)
+from support.common import (BUNDLED, add_device_arguments, check_writable, crop, grid, open_image,
+                            pick_conditions, pick_device, precision_name, reconstructions, resize_mask, run,
+                            sampling_values, save_picture, to_float, to_pixels)
 
 # A flag is another way to write key=value.
 FLAGS = [("--t-draft", "t_draft", "updates of the draft"),
@@ -135,17 +135,6 @@ def output_paths(args, num):
     return out, single
 
 
-def check_writable(path, suffix=".png"):
-    """Raises UserError or OSError if no file can be written at `path`, whose name must end in `suffix`."""
-    if path.suffix.lower() != suffix or path.is_dir():
-        raise UserError(f"{path} cannot be written; expected the name of a file that ends in {suffix}.")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # The very name, unless there is something: it may be too long, or one that this disk does not allow.
-    tried = path.with_name(".writing") if path.exists() or path.is_symlink() else path
-    tried.touch()
-    tried.unlink(missing_ok=True)                            # another rank may have done it
-
-
 # === Pictures: noise -> codes -> pixels =====================================================================
 def hide(images, hidden):
     """Paints the hidden stacks of images (B, 3, S, S) grey."""
@@ -204,7 +193,6 @@ def main():
         from support.text import text_lines
         args.text += text_lines(args.text_file)
     conditions, names = pick_conditions(args.classes, args.text, info, model.null)             # (C, L)
-    conditions = conditions.to(device)
     c = sampling_values(info, args.flags + args.overrides, model.positions)
     decode = models.kind(info.transformer).decode
     if args.compile and decode is not drr.draft_and_revise:
@@ -236,7 +224,6 @@ def main():
     if args.compile:
         from support import fast
         update = fast.compiled_update(model)
-
     clip = None
     if args.clip:
         from tools.clip import Clip
@@ -255,7 +242,7 @@ def main():
             # backends may differ. What is compiled is compiled for one size.
             size = min(num, c.batch_size) if args.compile else count
             places = range(first, first + 2 ** math.ceil(math.log2(size)))
-            cond = conditions[[i % num % len(names) for i in places]]                              # (B, L)
+            cond = conditions[[i % num % len(names) for i in places]].to(device)                   # (B, L)
             known = None if codes is None else codes.expand(len(places), -1, -1)                   # (B, N, D)
             images = [100_000 * attempt + i for i in places]
             drawn, states = generate(model, decode, cond, images, args.seed, c, update, bar, known, region,

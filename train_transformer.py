@@ -127,8 +127,7 @@ def load_data(args, config, vae, states, out, dtype, exact, device):
     elif config.data.in_memory:
         views.load(device)
     images, labels = data.validation_images(args.data, vae.size, 1024, None if of_text else classes)
-    last = 0 if c.cond == "none" else len(classes) - 1
-    shown = torch.linspace(0, last, 16).long()[:, None]        # classes, spread over all
+    shown = torch.linspace(0, len(classes) - 1, 16).long()[:, None] * (c.cond == "class")    # of all classes
     if images is not None:
         codes = [data.encode(vae, to_float(x, device), exact) for x in images.split(128)]
         cond = text.tokenize(c.tokenizer, labels) if of_text else labels[:, None] * (c.cond == "class")

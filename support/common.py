@@ -466,3 +466,14 @@ def save_picture(picture, path):
     """Writes a PIL picture as a PNG file, all or nothing."""
     with replacing(path) as temporary:
         picture.save(temporary, format="PNG")
+
+
+def check_writable(path, suffix=".png"):
+    """Raises UserError or OSError if no file can be written at `path`, whose name must end in `suffix`."""
+    if path.suffix.lower() != suffix or path.is_dir():
+        raise UserError(f"{path} cannot be written; expected the name of a file that ends in {suffix}.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # The very name, unless there is something: it may be too long, or one that this disk does not allow.
+    tried = path.with_name(".writing") if path.exists() or path.is_symlink() else path
+    tried.touch()
+    tried.unlink(missing_ok=True)                            # another rank may have done it

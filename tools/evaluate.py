@@ -34,10 +34,9 @@ from tqdm import tqdm
 
 import drr
 from drr import UserError, replacing
-from sample import check_writable
 from support import common, data, fast, models, runs
-from support.common import (BUNDLED, HERE, add_device_arguments, crop, from_rank_0, open_image,
-                            pick_conditions, precision_name, run, to_float, to_pixels)
+from support.common import (BUNDLED, HERE, add_device_arguments, check_writable, crop, from_rank_0,
+                            open_image, pick_conditions, precision_name, run, to_float, to_pixels)
 from support.losses import efficientnet_lite0
 from tools import strategies
 

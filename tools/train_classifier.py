@@ -18,9 +18,9 @@ from torch import nn
 from tqdm import tqdm
 
 from drr import UserError, replacing
-from sample import check_writable
 from support import data
-from support.common import add_device_arguments, autocast, load_config, pick_device, run, to_float
+from support.common import (add_device_arguments, autocast, check_writable, load_config, pick_device, run,
+                            to_float)
 
 SIZE, WIDTHS, FEATURES = 32, (48, 96, 192), 64
 
