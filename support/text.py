@@ -26,8 +26,8 @@ except ImportError:
     raise UserError("Text needs `tokenizers`: pip install -r requirements-text.txt.") from None
 
 SPECIAL = ["[PAD]", "[UNK]"]                                 # ids 0 and 1
-# DEVIATION: there is no loss on the text. The published parameter counts include a head that predicts the next
-# token of the text, which a bidirectional model would only have to copy.
+# DEVIATION: there is no loss on the text. The published parameter counts include a head that predicts the
+# next token of the text, which a bidirectional model would only have to copy.
 
 
 # === The tokenizer: texts -> ids (B, L); it travels as JSON =================================================
@@ -87,7 +87,7 @@ def tokenize(tokenizer, texts):
 
 def prompts(info, texts):
     """Conditions (B, L) of the texts that a user asks for, by the tokenizer in a checkpoint's `info`; says
-    how many are cut. UserError for none, one of which nothing is known, and a checkpoint without tokenizer."""
+    how many are cut. UserError for none, one with nothing known, and a checkpoint without tokenizer."""
     if not texts:
         raise UserError("Which text? This checkpoint is one of texts: give sample.py --text "
                         '"a red fox", or tools.evaluate --captions.')

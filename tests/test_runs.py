@@ -175,7 +175,8 @@ def test_pictures_take_a_copy_of_the_average_in_the_decodes_precision(monkeypatc
         raise StopIteration
     monkeypatch.setattr(drr, "TorchModel", torch_model)
     with pytest.raises(StopIteration):
-        train_transformer.save_samples(transformer, None, vae, info.sample, None, "cpu", torch.bfloat16, tmp_path)
+        train_transformer.save_samples(transformer, None, vae, info.sample, None, "cpu", torch.bfloat16,
+                                       tmp_path)
     assert {p.dtype for p in given} == {torch.bfloat16}
     config = load_config("imagenet-1.4b", ["transformer.shard=true"])          # on rank 0: all of the average
     assert estimate.memory("transformer", config, 8, batch=1).activations > 6 * 1.38e9

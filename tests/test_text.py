@@ -206,7 +206,7 @@ def test_without_a_single_caption_or_listed_image_a_sentence_says_what_is_expect
                         "commas/train.tsv": b"\n0.png,a"})
     with pytest.raises(drr.UserError, match="None of the 1 images has a caption.*expected KEY.txt"):
         text.Captions(data.find_images(tmp_path, captions=True)[0], tmp_path / "out", GIVEN, SMALL)
-    for folder, message in (("listed", "names no image that exists"), ("commas", "without a TAB, b'0.png,a'")):
+    for folder, message in (("listed", "no image that exists"), ("commas", "without a TAB, b'0.png,a'")):
         with pytest.raises(drr.UserError, match=message):
             data.find_images(tmp_path / folder, captions=True)
 
@@ -233,7 +233,8 @@ def test_a_step_draws_one_caption_of_each_image_by_seed_and_step_however_many_ra
 @pytest.mark.parametrize("arguments, words", [
     ("", "--text"), ("--text=", "''"), ("--text=日本", "日本|knows"), ("--class 1", "no classes|--class"),
     ("--class 1 --text=wall", "no classes|--class"), ("--text-file none.txt", "none.txt"),
-    ("--text-file empty.txt", "empty.txt"), ("--text-file latin.txt", "UTF-8"), ("--text=wall --best-of 2", "--best-of|--clip"),
+    ("--text-file empty.txt", "empty.txt"), ("--text-file latin.txt", "UTF-8"),
+    ("--text=wall --best-of 2", "--best-of|--clip"),
     ("--text=wall --best-of 2 --clip x", "CLIP")])
 def test_a_mistake_is_refused_in_one_sentence(call, capsys, folder, tmp_path, arguments, words):
     (tmp_path / "empty.txt").write_text("\n")
@@ -307,7 +308,8 @@ def test_an_evaluation_draws_and_scores_one_picture_for_each_caption(call, folde
     scores = Clip(clip, torch.device("cpu")).score(common.to_float(pixels, "cpu"), CAPTIONS)
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["results"]["CLIP score"] == pytest.approx(scores.mean().item(), abs=1e-4)
-    assert "plain mean cosine" in result["protocol"]["CLIP score"] and "2 of" in result["protocol"]["captions"]
+    assert "plain mean cosine" in result["protocol"]["CLIP score"]
+    assert result["protocol"]["captions"] == f"2 of {folder / 'data'}"
     lay_out(tmp_path / "one", {"0.png": png(0, (32, 32))})
     with pytest.raises(drr.UserError, match="1 pictures, and there are 2 captions"):
         call(evaluate.main, "--samples", tmp_path / "one", *common_options)
@@ -325,10 +327,11 @@ def test_captions_are_made_of_titles_families_and_colours(call, tmp_path, monkey
         image.save(tmp_path / f"data/train/{wnid}/0.png")
     call(captions.main, "--data", "data")
     lines = [(tmp_path / f"data/train/{wnid}/0.txt").read_text().splitlines() for wnid in names]
-    assert lines[0] == ["red fox", "a photo of a red fox", "a photo of a fox", "a mostly red picture of a red fox"]
+    assert lines[0] == ["red fox", "a photo of a red fox", "a photo of a fox",
+                        "a mostly red picture of a red fox"]
     assert [found[-1].split(" picture")[0] for found in lines[1:3]] == ["a mostly blue", "a mostly white"]
     assert lines[3][:2] == ["lemon", "a photo of a lemon"] and len(lines[3]) == 3
-    assert set(lines[3][2].split(" picture")[0].split()) in ({"a", "mostly", "green"}, {"a", "mostly", "yellow"})
+    assert lines[3][2].split(" picture")[0] in ("a mostly green", "a mostly yellow")
     with pytest.raises(drr.UserError, match="is there already; add --force"):
         call(captions.main, "--data", "data")
 
