@@ -18,8 +18,10 @@ import sample
 import train_transformer
 from conftest import random_checkpoint
 from processes import assert_same, finished, receives, refused, rows, train
+from related import rq_transformer
 from support import backends, common, data, models, text
 from test_data import lay_out, own_cache, picture, png, tar  # noqa: F401: own_cache is a fixture
+from test_rq_transformer import write_release
 from tools import captions, evaluate
 from tools.clip import Clip
 
@@ -153,6 +155,17 @@ def test_two_files_of_a_tokenizer_give_its_ids_padded_cut_and_unknown_or_are_ref
                            (official, "10 entries, transformer.text_vocab is 9")):
         with pytest.raises(drr.UserError, match=message):
             text.official_tokenizer(files, SimpleNamespace(cond="text", text_length=8, text_vocab=9))
+
+
+def test_a_published_text_model_gets_its_tokenizer_and_draws(call, official, tmp_path):
+    write_release(tmp_path / "release", "rqtransformer_text")                  # of 4 tokens
+    call(rq_transformer.main, tmp_path / "release", "--out", "run", "--tokenizer", *official)
+    call(sample.main, "--checkpoint", "run", "--text", "a cat", "--num", 1, "--out", "x.png", "--device", "cpu")
+    info = models.load_checkpoint(tmp_path / "run")[2]
+    assert text.prompts(info, ["a cat"]).tolist() == [[3, 9, 0, 0]]
+    write_release(tmp_path / "classes")
+    with pytest.raises(drr.UserError, match="--tokenizer is for releases of text"):
+        call(rq_transformer.main, tmp_path / "classes", "--out", "other", "--tokenizer", *official)
 
 
 @pytest.mark.parametrize("kept", [None, "", "5", '{"x": 1}'])
