@@ -226,7 +226,7 @@ def main():
         update = fast.compiled_update(model)
     clip = None
     if args.clip:
-        from tools.clip import Clip
+        from support.clip import Clip
         clip = Clip(args.clip, device)
 
     # --- codes, in batches; then pixels ---------------------------------------------------------------------

@@ -20,10 +20,10 @@ from conftest import random_checkpoint
 from processes import assert_same, finished, receives, refused, rows, train
 from related import rq_transformer
 from support import backends, common, data, models, text
+from support.clip import Clip
 from test_data import lay_out, own_cache, picture, png, tar  # noqa: F401: own_cache is a fixture
 from test_rq_transformer import write_release
 from tools import captions, evaluate
-from tools.clip import Clip
 
 CAPTIONS = ["a wall", "Stripes"]
 PICTURES = np.stack([picture(i, (32, 32)) for i in range(2)])                 # of noise
@@ -160,7 +160,7 @@ def test_two_files_of_a_tokenizer_give_its_ids_padded_cut_and_unknown_or_are_ref
 def test_a_published_text_model_gets_its_tokenizer_and_draws(call, official, tmp_path):
     write_release(tmp_path / "release", "rqtransformer_text")                  # of 4 tokens
     call(rq_transformer.main, tmp_path / "release", "--out", "run", "--tokenizer", *official)
-    call(sample.main, "--checkpoint", "run", "--text", "a cat", "--num", 1, "--out", "x.png", "--device", "cpu")
+    call(sample.main, "--checkpoint", "run", "--text", "a cat", "--num", 1, "--out", "x.png")
     info = models.load_checkpoint(tmp_path / "run")[2]
     assert text.prompts(info, ["a cat"]).tolist() == [[3, 9, 0, 0]]
     write_release(tmp_path / "classes")
@@ -329,7 +329,7 @@ def test_an_evaluation_draws_and_scores_one_picture_for_each_caption(call, folde
 
 
 # === Captions made of classes ===============================================================================
-def test_captions_are_made_of_titles_families_and_colours(call, tmp_path, monkeypatch):
+def test_captions_are_made_of_titles_families_and_colours(call, folder, tmp_path):
     names = {"n1": "red_fox", "n2": "kit_fox", "n3": "grey_fox", "n4": "lemon"}
     table = "wnid\tname\n" + "".join(f"{wnid}\t{name}\n" for wnid, name in names.items())
     lay_out(tmp_path, {"data/classes.tsv": table.encode()})
@@ -345,8 +345,12 @@ def test_captions_are_made_of_titles_families_and_colours(call, tmp_path, monkey
     assert [found[-1].split(" picture")[0] for found in lines[1:3]] == ["a mostly blue", "a mostly white"]
     assert lines[3][:2] == ["lemon", "a photo of a lemon"] and len(lines[3]) == 3
     assert lines[3][2].split(" picture")[0] in ("a mostly green", "a mostly yellow")
+    (tmp_path / "data/train/n1/0.txt").unlink()
     with pytest.raises(drr.UserError, match="is there already; add --force"):
         call(captions.main, "--data", "data")
+    assert not (tmp_path / "data/train/n1/0.txt").exists()
+    with pytest.raises(drr.UserError, match="--titles is ','"):
+        call(captions.main, "--obeyed", folder / "run", "--titles", ",")
 
 
 def test_every_sample_without_a_colour_has_one_largest_colour(call, folder):

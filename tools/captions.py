@@ -74,23 +74,24 @@ def captions(title, family, colours, number):
 
 
 def write_captions(directory, split, force):
-    """KEY.txt beside each picture of a split; how many. UserError where there are some already."""
+    """KEY.txt beside each picture of a split; how many. UserError, before any is written, if one exists."""
     files, labels, classes = data.find_images(directory, split)
     if classes == [""] or files.table is not None:
         raise UserError(f"{directory} holds no folders of classes; captions are made of their names.")
     titles = [title.replace("_", " ").lower() for title in data.class_titles(directory, classes)]
     family = families(titles)
+    there = (path for path in (files[i].with_suffix(".txt") for i in range(len(files))) if path.exists())
+    if not force and (path := next(there, None)):
+        raise UserError(f"{path} is there already; add --force to replace it and all the others.")
 
     def write(i):
-        path = files[i].with_suffix(".txt")
-        if path.exists() and not force:
-            raise UserError(f"{path} is there already; add --force to replace it and all the others.")
         try:
             colours = colour_words(crop(open_image(files[i]), 32).permute(1, 2, 0).numpy())
         except UserError:
             return                                           # of no use for training either
         title = titles[labels[i]]
-        path.write_text("\n".join(captions(title, family.get(title), colours, i)) + "\n")
+        lines = captions(title, family.get(title), colours, i)
+        files[i].with_suffix(".txt").write_text("\n".join(lines) + "\n", "utf-8")
 
     with ThreadPoolExecutor() as pool:
         collections.deque(tqdm(pool.map(write, range(len(files))), split, len(files), unit="image"), maxlen=0)
@@ -104,7 +105,10 @@ def obeyed(args):
     vae, transformer, info = models.load_checkpoint(args.obeyed, dtype)
     model = drr.TorchModel(vae, transformer, device, dtype)
     c = sampling_values(info, args.overrides, model.positions)
-    titles = args.titles.split(",")
+    titles = [title.strip() for title in args.titles.split(",")]
+    if not all(titles) or args.number < 1:
+        raise UserError(f"--titles is {args.titles!r}, --number {args.number}; expected names with a comma "
+                        "between them, and 1 or more.")
     print(f"{args.number} samples a colour of {args.obeyed}, seed 0, titles {', '.join(titles)}")
 
     def largest(texts, what):

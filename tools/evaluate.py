@@ -535,7 +535,7 @@ def main():
         size = vae.size
     reference = draw = clip = None
     if args.clip and rank == 0:
-        from tools.clip import Clip
+        from support.clip import Clip
         clip = Clip(args.clip, device)
     if rank == 0:                                            # the others only draw
         network = load_features(args.features, device)
