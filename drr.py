@@ -151,12 +151,12 @@ def group_norm(channels):
 class ResBlock(nn.Module):
     """(B, c_in, H, W) -> (B, c_out, H, W)."""
 
-    def __init__(self, c_in, c_out):
+    def __init__(self, c_in, c_out, border="zeros"):
         super().__init__()
         self.norm1 = group_norm(c_in)
-        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1, padding_mode=border)
         self.norm2 = group_norm(c_out)
-        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1, padding_mode=border)
         self.nin_shortcut = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
 
     def forward(self, x):
@@ -245,6 +245,23 @@ class Encoder(nn.Module):
         return self.conv_out(F.silu(self.norm_out(x)))
 
 
+class Enlarge(nn.Module):
+    """features (B, c, H, W), images (B, 3, H, W) -> both at 2 H, 2 W: the images enlarged, plus detail."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.up = nn.Upsample(scale_factor=2.0, mode="bilinear")
+        self.blocks = nn.Sequential(ResBlock(c, c, "replicate"), ResBlock(c, c, "replicate"))
+        self.norm_out = group_norm(c)
+        self.conv_out = nn.Conv2d(c, 3, 3, padding=1, padding_mode="replicate")
+        nn.init.zeros_(self.conv_out.weight)
+        nn.init.zeros_(self.conv_out.bias)
+
+    def forward(self, x, images):
+        x = self.blocks(self.up(x))
+        return x, self.up(images) + self.conv_out(F.silu(self.norm_out(x)))
+
+
 class Decoder(nn.Module):
     """features (B, z_channels, H, W) -> images (B, 3, S, S), not clamped."""
 
@@ -254,27 +271,26 @@ class Decoder(nn.Module):
         self.conv_in = nn.Conv2d(c.z_channels, widths[-1], 3, padding=1)
         self.mid = middle(widths[-1])
         self.up = nn.ModuleList()
-        # DEVIATION: vae.upscale draws larger, as Muse does; bilinear then: repeated pixels leave a weave.
-        mode = "nearest" if c.upscale == 1 else "bilinear"
         for i, (width, before) in enumerate(zip(widths, widths[1:] + widths[-1:])):  # up[i] works at S / 2^i
             attend = c.resolution >> i in c.attn_resolutions
             resample = None
             if i > 0:                              # H -> 2 H
-                resample = named(up=nn.Upsample(scale_factor=2.0, mode=mode),
+                resample = named(up=nn.Upsample(scale_factor=2.0),
                                  conv=nn.Conv2d(width, width, 3, padding=1))
             self.up.append(Level([before] + [width] * (c.num_res_blocks + 1), attend, upsample=resample))
-        w = widths[0]
-        self.enlarge = nn.Sequential(*(
-            named(up=nn.Upsample(scale_factor=2.0, mode=mode), conv=nn.Conv2d(w, w, 3, padding=1),
-                  block_1=ResBlock(w, w), block_2=ResBlock(w, w)) for _ in range(c.upscale.bit_length() - 1)))
         self.norm_out = group_norm(widths[0])
         self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
+        # DEVIATION: with vae.upscale the decoder draws larger than the encoder sees, as Muse's does.
+        self.enlarge = nn.ModuleList(Enlarge(widths[0]) for _ in range(c.upscale.bit_length() - 1))
 
     def forward(self, x):
         x = self.mid(self.conv_in(x))
         for level in reversed(self.up):                            # the smallest resolution runs first
             x = level(x)
-        return self.conv_out(F.silu(self.norm_out(self.enlarge(x))))
+        images = self.conv_out(F.silu(self.norm_out(x)))
+        for level in self.enlarge:
+            x, images = level(x, images)
+        return images
 
 
 class RQVAE(nn.Module):

@@ -2,7 +2,7 @@
 
     python train_transformer.py smoke --data DIR              # after train_vae.py smoke
     python train_transformer.py tiny-imagenet-32 --data DIR   # reads runs/tiny-imagenet-32/vae.safetensors
-    python sample.py --checkpoint runs/tiny-imagenet-32 --class 980
+    python sample.py --checkpoint runs/tiny-imagenet-32 --class 0
 """
 import copy
 from pathlib import Path
@@ -113,6 +113,8 @@ def load_data(args, config, vae, states, out, dtype, exact, device):
     content = data.files_fingerprint(files, labels, classes)
     settings = runs.settings_of(config, ("transformer", "data"), str(dtype), content)
     settings["the RQ-VAE"] = drr.code_fingerprint(vae)
+    if exact != torch.float32:               # else the run's precision alone would not tell
+        settings["the precision of the codes"] = str(exact)
     states.lock()
     cache = val = captions = None
     if of_text:
@@ -122,11 +124,12 @@ def load_data(args, config, vae, states, out, dtype, exact, device):
         settings["the captions"] = captions.digest
         c.tokenizer = captions.tokenizer                       # with the section it goes into the checkpoint
         classes = titles = [""]
+    known = {"text": None, "class": classes, "none": [""]}[c.cond]
+    images, labels = data.validation_images(args.data, vae.size, 1024, known)
     if not (c.soft_labels or c.stochastic_codes):              # they need z, which is too large to store
         cache = data.cached_codes(views, vae, out / "codes", device, exact)
     elif config.data.in_memory:
-        views.load(device)
-    images, labels = data.validation_images(args.data, vae.size, 1024, None if of_text else classes)
+        settings |= views.load(device)
     shown = torch.linspace(0, len(classes) - 1, 16).long()[:, None] * (c.cond == "class")    # of all classes
     if images is not None:
         codes = [data.encode(vae, to_float(x, device), exact) for x in images.split(128)]

@@ -24,10 +24,8 @@ TERMS = ("loss", "reconstruction", "commitment", "perceptual", "gan", "features"
 
 # === The loss, and a look at reconstructions ================================================================
 def adversary_share(step, c):
-    """How much of the adversary the decoder feels: from vae.disc_start on, it rises to 1 in disc_ramp steps.
+    """How much of the adversary the decoder feels at a step from vae.disc_start on: it rises in disc_ramp.
     DEVIATION: in the paper it is there at once; a discriminator that has yet to learn gives bad advice."""
-    if step < c.disc_start:
-        return 0.0
     return min(1.0, (step - c.disc_start) / c.disc_ramp) if c.disc_ramp else 1.0
 
 
@@ -105,15 +103,8 @@ def build(c, weights, frozen, device):
     """{name: module or optimizer or None}: all that learns, with these weights (a path) or random ones."""
     vae = drr.RQVAE(c).to(device)
     if weights:
-        new = {}
-        if frozen:                           # FILE may lack the enlarging levels, which first interpolate
-            for level in vae.decoder.enlarge:
-                torch.nn.init.dirac_(level.conv.weight)
-                for silent in (level.conv.bias, *level.block_1.conv2.parameters(),
-                               *level.block_2.conv2.parameters()):
-                    torch.nn.init.zeros_(silent)
-            new = {k: v for k, v in vae.state_dict().items() if k.startswith("decoder.enlarge.")}
-        drr.fill(vae, new | drr.read_model(weights)[0], weights)
+        new = {k: v for k, v in vae.state_dict().items() if frozen and k.startswith("decoder.enlarge.")}
+        drr.fill(vae, new | drr.read_model(weights)[0], weights)       # FILE may lack the enlarging levels
     vae.encoder.requires_grad_(not frozen)
     vae.quant_conv.requires_grad_(not frozen)
     # DEVIATION: the result has an averaged decoder, without the noise of an adversary's last steps.
@@ -143,9 +134,9 @@ def load_data(args, config, size, out, dtype, device):
     views = data.Views(files, labels, classes, size, config.vae.batch_size, config.data)
     content = data.files_fingerprint(files, labels, classes)
     settings = runs.settings_of(config, ("vae", "data"), str(dtype), content)
+    val, _ = data.validation_images(args.data, size, 512, [""])             # of any class
     if config.data.in_memory:
-        views.load(device)
-    val, _ = data.validation_images(args.data, size, 512, classes)
+        settings |= views.load(device)
     if val is None:
         val = views[0][0]
         print(f"{args.data} has no val: val_psnr is that of {len(val)} pictures of the training")

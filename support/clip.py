@@ -25,7 +25,7 @@ class Clip:
             # What a file lacks would be random.
             if found["missing_keys"] or found["mismatched_keys"]:
                 raise ValueError("weights are missing or of another shape")
-            self.model.to(device).eval()
+            self.model.to(device, torch.float32).eval()
             self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         except Exception as error:                           # transformers raises nearly anything
             raise UserError(f"{folder} is no CLIP model ({type(error).__name__}: {error}); expected a folder "

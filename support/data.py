@@ -209,7 +209,8 @@ def class_titles(directory, classes):
 # === Views: (file, number of the crop) -> uint8 (3, S, S) ===================================================
 def file_seed(path, seed):
     """The seed of a file's random crops: files of the same name, in whatever folder, have the same."""
-    return int.from_bytes(hashlib.sha256(f"{seed}/{path.name}".encode()).digest()[:7], "big")
+    name = f"{seed}/{path.name}".encode("utf-8", "surrogateescape")          # a file's name need not be UTF-8
+    return int.from_bytes(hashlib.sha256(name).digest()[:7], "big")
 
 
 @functools.lru_cache(2)                                      # a batch may lie in two epochs
@@ -217,7 +218,7 @@ def epoch_order(seed, epoch, n):
     return np.random.default_rng([seed, epoch, n]).permutation(n).astype(np.int32)
 
 
-class Views(torch.utils.data.Dataset):
+class Views:
     """The M views of a data set and the probability of drawing each. Item t, for any t >= 0, is the batch of
     step t: uint8 images (B, 3, S, S), their views (B,), and how many of them stand in for a file that could
     not be read. `rows` are those of the batch that this process makes: all, unless a caller sets others."""
@@ -301,7 +302,8 @@ class Views(torch.utils.data.Dataset):
             print(f"skipped {len(bad)} of {n} files, which cannot be read as images; the first: {first}")
 
     def load(self, device):
-        """Holds all views on the device, uint8, and drops those that cannot be read."""
+        """Holds all views on the device, uint8, and drops those that cannot be read. Returns settings that a
+        resumed run must share: which views a step draws depends on how many there are."""
         images = torch.empty(len(self), 3, self.size, self.size, dtype=torch.uint8)
         good = np.zeros(len(self), bool)
         starts = np.flatnonzero(self.crop_of == 0)           # the first view of each file
@@ -311,6 +313,7 @@ class Views(torch.utils.data.Dataset):
         self.report(starts[~good[starts]])
         self.select(good)
         self.images = images[torch.from_numpy(good)].to(device)
+        return {} if good.all() else {"views that can be read": len(self)}
 
     # --- Batches: (seed, step) -> images, labels ------------------------------------------------------------
     def draw(self, step):

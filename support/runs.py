@@ -30,7 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import drr
-from drr import UserError, ranks, replacing
+from drr import UserError, ranks, read_model, replacing
 from support.common import (HERE, add_device_arguments, end_rank, from_rank_0, matrix_rate, pick_device,
                             precision_name, synchronize)
 
@@ -279,6 +279,8 @@ class States:
                             "--force to start over, or choose another --out.")
         if not args.resume:
             refuse_replacing(out / f"{stage}.safetensors", args.force)
+        if args.init:
+            read_model(args.init)              # refuses what is no model
 
     def path(self, step):
         return self.out / f"{self.stage}_state_{step:09d}.pt"

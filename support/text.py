@@ -139,7 +139,7 @@ class Captions:
         if args.tokenizer:
             held = official_tokenizer(args.tokenizer, c)
         elif args.resume and kept.exists():
-            held = restored(kept.read_text("utf-8"), c)
+            held = restored(kept.read_bytes().decode("utf-8", "replace"), c)
         elif args.init:
             section = read_model(args.init)[1].get("transformer", {})
             held = restored(section["tokenizer"], c) if "tokenizer" in section else None

@@ -7,6 +7,7 @@ import os
 import tarfile
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 
 import datasets
@@ -237,6 +238,7 @@ def test_other_views_lie_within_the_picture_and_are_the_same_in_every_run(width,
     assert boxes == [common.crop_box(width, height, view, 7) for view in range(1, 100)]
     seeds = [data.file_seed(PHOTOS / name, seed) for name in ("a.png", "b.png") for seed in (0, 1)]
     assert len(set(seeds)) == 4 and data.file_seed(PHOTOS / "elsewhere" / "a.png", 0) == seeds[0]
+    assert data.file_seed(Path(os.fsdecode(b"caf\xe9.png")), 0) not in seeds   # no UTF-8
 
 
 # === Formats ================================================================================================
@@ -363,6 +365,7 @@ def test_broken_files_are_replaced_and_counted_however_the_batch_is_shared(partl
         assert torch.equal(torch.cat(theirs), images) and np.array_equal(np.concatenate(their_views), seen)
         assert sum(their_bad) == bad and [len(part) for part in theirs] == [3, 1, 4]
     assert found > 0
+    assert views.load("cpu") == {"views that can be read": 4 * 120}            # so a resumed run must load, too
 
 
 @pytest.mark.parametrize("code", [errno.EACCES, errno.EIO, errno.EMFILE])

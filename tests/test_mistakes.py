@@ -241,6 +241,7 @@ MISTAKES = [
     (f"{VAE_DATA} vae.disc_layers=6", "disc_layers", ["", "vae.disc_weight=0 vae.feature_weight=1"]),
     (VAE_DATA, "like.foo", ["like.foo=1"]),
     (VAE_DATA, "resume", ["--resume"]),
+    (VAE_DATA, "nowhere.safetensors", ["--init nowhere.safetensors"]),
     (VAE_DATA, "file", ["--out file"]),
     (f"{VAE} --out flat", "holds images of --data", ["--data flat", "--data ."]),
     (VAE_DATA, "--force", ["--out good"]),

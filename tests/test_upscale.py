@@ -54,13 +54,13 @@ def test_a_decoder_gets_a_level_more_and_the_transformer_stays(enlarged):
     old, new = small.decoder.state_dict(), large.decoder.state_dict()
     assert all((old[name] - new[name]).abs().max() < 0.01 for name in old)
     assert {name.split(".")[0] for name in new.keys() - old.keys()} == {"enlarge"}
-    # The new level begins as an interpolation.
+    # The new level begins as an interpolation of the picture.
     path = enlarged / "small" / "vae.safetensors"
     untrained = train_vae.build(info.vae, path, "codes", torch.device("cpu"))["vae"]
-    x = torch.randn(2, 32, 8, 8)
-    larger = F.interpolate(x, scale_factor=2.0, mode="bilinear")
-    assert torch.equal(untrained.decoder.enlarge(x), larger)
-    assert not torch.equal(large.decoder.enlarge(x), larger)
+    codes = torch.randint(info.vae.codebook_size, (2, 64, info.vae.depth))
+    larger = F.interpolate(small.decode(codes), scale_factor=2.0, mode="bilinear")
+    assert torch.equal(untrained.decode(codes), larger)
+    assert not torch.equal(large.decode(codes), larger)
 
 
 def test_repainting_and_reconstruction_work_at_the_larger_size(enlarged, tmp_path):
