@@ -254,8 +254,8 @@ class Enlarge(nn.Module):
         self.blocks = nn.Sequential(ResBlock(c, c, "replicate"), ResBlock(c, c, "replicate"))
         self.norm_out = group_norm(c)
         self.conv_out = nn.Conv2d(c, 3, 3, padding=1, padding_mode="replicate")
-        nn.init.zeros_(self.conv_out.weight)
-        nn.init.zeros_(self.conv_out.bias)
+        for zero in self.conv_out.parameters():                    # no detail at first
+            nn.init.zeros_(zero)
 
     def forward(self, x, images):
         x = self.blocks(self.up(x))
@@ -275,8 +275,7 @@ class Decoder(nn.Module):
             attend = c.resolution >> i in c.attn_resolutions
             resample = None
             if i > 0:                              # H -> 2 H
-                resample = named(up=nn.Upsample(scale_factor=2.0),
-                                 conv=nn.Conv2d(width, width, 3, padding=1))
+                resample = named(up=nn.Upsample(scale_factor=2.0), conv=nn.Conv2d(width, width, 3, padding=1))
             self.up.append(Level([before] + [width] * (c.num_res_blocks + 1), attend, upsample=resample))
         self.norm_out = group_norm(widths[0])
         self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)

@@ -232,7 +232,7 @@ def main():
     # --- codes, in batches; then pixels ---------------------------------------------------------------------
     keep = sorted({round(t) for t in np.linspace(0, c.t_draft - 1, 6)}) if args.strip else ()
     shown = min(num, 400)                    # in the grid; no more of them are kept
-    pixels, strips, best = shown * [None], shown * [None], np.full(num, -np.inf)
+    tiles, strips, best = shown * [None], shown * [None], np.full(num, -np.inf)
     started = time.time()
     updates = (c.t_draft + c.rounds * c.t_revise) * math.ceil(num / c.batch_size) * args.best_of
     with tqdm(total=updates, desc="sampling", unit="update") as bar:
@@ -258,14 +258,13 @@ def main():
             for k in np.flatnonzero(scores > best[first:first + count]):
                 best[first + k] = scores[k]
                 if first + k < shown:
-                    pixels[first + k] = made[k].copy()         # no view, which would keep its whole batch
+                    tiles[first + k] = made[k].copy()         # no view, which would keep its whole batch
                     strips[first + k] = [row[k].copy() for row in rows]
                 if single:
                     save_picture(Image.fromarray(made[k]), single[first + k])
     seconds = time.time() - started
 
     # --- the grid -------------------------------------------------------------------------------------------
-    tiles = pixels
     columns = len(names) if 1 < len(names) <= 16 else math.ceil(math.sqrt(shown))
     if args.strip:
         columns = len(keep) + c.rounds

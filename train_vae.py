@@ -15,7 +15,7 @@ from drr import UserError
 from support import data, runs
 from support.common import (autocast, grid, load_config, reconstructions, run, save_picture, to_float,
                             to_pixels)
-from support.losses import (Discriminator, HingeLoss, adaptive_weight, feature_matching,
+from support.losses import (Discriminator, HingeLoss, adaptive_weight, adversary_share, feature_matching,
                             perceptual_distance)
 
 TERMS = ("loss", "reconstruction", "commitment", "perceptual", "gan", "features", "disc", "logits_real",
@@ -23,12 +23,6 @@ TERMS = ("loss", "reconstruction", "commitment", "perceptual", "gan", "features"
 
 
 # === The loss, and a look at reconstructions ================================================================
-def adversary_share(step, c):
-    """How much of the adversary the decoder feels at a step from vae.disc_start on: it rises in disc_ramp.
-    DEVIATION: in the paper it is there at once; a discriminator that has yet to learn gives bad advice."""
-    return min(1.0, (step - c.disc_start) / c.disc_ramp) if c.disc_ramp else 1.0
-
-
 def objective(c, vae, disc, distance, dtype, x, recon, commitment, beta, share):
     """L = L_rec + w_p L_perc + beta L_commit + share (w_g lambda L_gan + w_f L_feat)   (RQ-VAE section 3.1).
 
@@ -76,7 +70,7 @@ def look_at(vae, images, path):
 def check(c, size, device):                  # what cannot be trained
     if c.compile and device.type == "cpu":
         raise UserError("vae.compile is for a GPU: a CPU's gradients were wrong (torch 2.13); leave it out.")
-    if (c.disc_weight or c.feature_weight) and size >> max(1, c.disc_layers) < 3:
+    if (c.disc_weight or c.feature_weight) and size >> max(1, c.disc_layers) + (c.disc == "unshuffled") < 3:
         raise UserError(f"vae.disc_layers {c.disc_layers} leaves nothing of {size} pixels; lower it.")
 
 
@@ -217,7 +211,9 @@ def main():
         terms["grad_norm"] = runs.clip(trained, c.grad_clip)
         terms["disc_grad_norm"] = runs.clip(disc.parameters(), 0) if adversarial else terms["disc"]    # or 0
         stopping = runs.must_stop(stop, terms, step, states.good(step), "a lower vae.lr")
-        runs.take_step([opt, disc_opt] if adversarial else [opt], rate)
+        runs.take_step(opt, rate)
+        if adversarial:
+            runs.take_step(disc_opt, rate * (c.disc_lr / c.lr if c.disc_lr else 1.0))
         vectors, codes = torch.cat(vectors), torch.cat(chosen)
         # DEVIATION: the official code updates the codebook between the depths, so that in training its z_hat
         # no longer belongs to its codes. Here the same updates follow one another after the step.

@@ -29,7 +29,8 @@ BUNDLED = HERE / "checkpoints" / "tiny-imagenet-32"
 # What a key's value may be: a number in a range, or one of some words. What is not listed here is above 0.
 ALLOWED = {key: allowed for allowed, keys in {
     "from 0": "workers quantize_start commitment_weight perceptual_weight disc_weight disc_start disc_ramp "
-              "disc_layers feature_weight micro_batch warmup grad_clip weight_decay muon_lr restart_below",
+              "disc_layers disc_lr feature_weight micro_batch warmup grad_clip weight_decay muon_lr "
+              "restart_below",
     "from 0 to 1": "balance ema_decay weights_ema cond_dropout",
     "from 0 to below 1": "betas dropout",
     "from 0 to 4398046511104": "seed",
@@ -43,7 +44,7 @@ ALLOWED = {key: allowed for allowed, keys in {
     "above 0 to 1": "top_p crop_scale",
     "one of mse, l1": "loss",
     "one of lpips, efficientnet": "perceptual",
-    "one of patchgan, spectral": "disc",
+    "one of patchgan, spectral, unshuffled": "disc",
     "one of class, none, text": "cond",
     f"one of {', '.join(['contextual', *models.OTHERS])}": "kind",
 }.items() for key in keys.split()}

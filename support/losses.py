@@ -77,15 +77,17 @@ class Discriminator(nn.Module):
     patchgan   VQGAN's (Isola et al. 2017): 4x4 convolutions of stride 2 with batch normalization
     spectral   pairs of 3x3 and of 4x4 convolutions of stride 2, spectrally normalized (Miyato et al. 2018), a
                blur before each stride (Zhang 2019), borders reflected. DEVIATION: steadier in short trainings
+    unshuffled the same of images whose 2x2 pixels became channels: no pattern of single pixels escapes it
     """
 
     def __init__(self, kind, ch, layers):
         super().__init__()
+        self.fold = 2 if kind == "unshuffled" else 1
         self.layers = nn.ModuleList()
-        width = 3
+        width = 3 * self.fold ** 2
         for i in range(layers + 1):
             c_out = ch * min(2 ** i, 8)
-            if kind == "spectral":
+            if kind != "patchgan":
                 for first, kernel, stride in ((width, 3, 1), (c_out, 4, 2)):
                     conv = spectral_norm(nn.Conv2d(first, c_out, kernel, stride, 1, padding_mode="reflect"))
                     before = [Blur()] if stride == 2 else []
@@ -95,14 +97,14 @@ class Discriminator(nn.Module):
                 norm = [nn.BatchNorm2d(c_out, track_running_stats=False)] if i else []     # only ever trained
                 self.layers.append(nn.Sequential(conv, *norm, nn.LeakyReLU(0.2)))
             width = c_out
-        head = nn.Conv2d(width, 1, 3 if kind == "spectral" else 4, 1, 1)
-        self.head = spectral_norm(head) if kind == "spectral" else head
+        head = nn.Conv2d(width, 1, 4 if kind == "patchgan" else 3, 1, 1)
+        self.head = head if kind == "patchgan" else spectral_norm(head)
         for module in self.modules() if kind == "patchgan" else []:            # as in the official code
             if isinstance(module, (nn.Conv2d, nn.BatchNorm2d)):
                 nn.init.normal_(module.weight, float(isinstance(module, nn.BatchNorm2d)), 0.02)
 
     def forward(self, x):
-        features = []
+        features, x = [], F.pixel_unshuffle(x, self.fold)
         for layer in self.layers:
             x = layer(x)
             features.append(x)
@@ -133,3 +135,9 @@ def adaptive_weight(reconstruction, adversarial, last_layer):
     rec, gan = (torch.autograd.grad(loss, last_layer, retain_graph=True)[0].norm()
                 for loss in (reconstruction, adversarial))
     return (rec / (gan + 1e-4)).clamp(0, 1e4).detach()
+
+
+def adversary_share(step, c):
+    """How much of the adversary the decoder feels at a step from vae.disc_start on: it rises in disc_ramp.
+    DEVIATION: in the paper it is there at once; a discriminator that has yet to learn gives bad advice."""
+    return min(1.0, (step - c.disc_start) / c.disc_ramp) if c.disc_ramp else 1.0

@@ -85,13 +85,13 @@ def test_the_adaptive_weight_makes_the_gradients_equally_long():
 
 def test_the_adversary_comes_gradually():
     c = SimpleNamespace(disc_start=10, disc_ramp=4)
-    shares = [train_vae.adversary_share(step, c) for step in range(10, 16)]
+    shares = [losses.adversary_share(step, c) for step in range(10, 16)]
     assert shares == [0, 0.25, 0.5, 0.75, 1, 1]
     c.disc_ramp = 0
-    assert [train_vae.adversary_share(step, c) for step in (10, 11)] == [1, 1]
+    assert [losses.adversary_share(step, c) for step in (10, 11)] == [1, 1]
 
 
-@pytest.mark.parametrize("kind", ["patchgan", "spectral"])
+@pytest.mark.parametrize("kind", ["patchgan", "spectral", "unshuffled"])
 def test_a_discriminator_judges_patches_and_shows_its_features(kind):
     logits, features = train_vae.Discriminator(kind, 4, 2)(torch.randn(2, 3, 32, 32))
     assert logits.shape[:2] == (2, 1) and logits.shape[2] > 1

@@ -138,7 +138,8 @@ def vae_activations(trained, c, size):
         hook.remove()
     if c.perceptual_weight:
         total += PERCEPTUAL[c.perceptual].kept * pixels
-    return total + 4 * 4 * c.ch * pixels       # and the backward pass of the last layers
+    # And the backward pass of the last layers; the enlarging ones pad copies of their inputs.
+    return total + 4 * (8 if c.upscale > 1 else 4) * c.ch * pixels
 
 
 # === Operations =============================================================================================
