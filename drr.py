@@ -13,8 +13,7 @@ Symbols, everywhere in this project:
     cond (B, L) int64, the tokens of the condition                     c one section of the configuration
 
 "Eq." and "Alg." are those of the paper above, "RQ-VAE" is its predecessor, arXiv 2203.01941. In equations
-S_nd is code d of stack n, S\\m the stacks that the mask m leaves visible, and sg[.] stops the gradient.
-"""
+S_nd is code d of stack n, S\\m the stacks that the mask m leaves visible, and sg[.] stops the gradient."""
 import contextlib
 import hashlib
 import json

@@ -147,8 +147,7 @@ def generate(model, decode, cond, images, seed, c, update, bar, codes=None, regi
     """The pictures number `images` of a seed, for the conditions cond (B, L): (B, 3, S, S).
 
     codes (B, N, D) and region (N,): in-painting. keep: the updates of the draft to show; then the second
-    result is a list of pictures (B, 3, S, S): the draft after each of them, and the end of each revision.
-    """
+    result is a list of pictures (B, 3, S, S): the draft after each of them, and the end of each revision."""
     noise = drr.draw_noise(seed, images, 1 + c.rounds, model.positions, model.depth)
     hidden = []
     ends = {}                                                # round: codes at its end; 0 is the draft

@@ -252,9 +252,9 @@ def main():
         terms, codes = gradients(forward, vae, c, batch, count, exact, dtype, device)
         terms["grad_norm"] = runs.clip(transformer.parameters(), c.grad_clip)
         stopping = runs.must_stop(stop, terms, step, states.good(step), "a lower transformer.lr")
-        runs.take_step(opt, rate)
+        runs.take_step([opt], rate)
         if muon:
-            runs.take_step(muon, rate * c.muon_lr / c.lr)
+            runs.take_step([muon], rate * c.muon_lr / c.lr)
         runs.update_average(ema.parameters(), transformer.parameters(), c.weights_ema, step)
 
         # --- log, look, save --------------------------------------------------------------------------------

@@ -26,8 +26,7 @@ TERMS = ("loss", "reconstruction", "commitment", "perceptual", "gan", "features"
 def objective(c, vae, disc, distance, dtype, x, recon, commitment, beta, share):
     """L = L_rec + w_p L_perc + beta L_commit + share (w_g lambda L_gan + w_f L_feat)   (RQ-VAE section 3.1).
 
-    x, recon (B, 3, S, S); share: how much of the adversary counts, None without one. Returns {name: scalar}.
-    """
+    x, recon (B, 3, S, S); share: that of the adversary, None without one. Returns {name: scalar}."""
     terms = dict.fromkeys(TERMS, torch.zeros((), device=x.device))
     error = recon - x
     terms["reconstruction"] = rec = error.abs().mean() if c.loss == "l1" else error.square().mean()
@@ -211,9 +210,7 @@ def main():
         terms["grad_norm"] = runs.clip(trained, c.grad_clip)
         terms["disc_grad_norm"] = runs.clip(disc.parameters(), 0) if adversarial else terms["disc"]    # or 0
         stopping = runs.must_stop(stop, terms, step, states.good(step), "a lower vae.lr")
-        runs.take_step(opt, rate)
-        if adversarial:
-            runs.take_step(disc_opt, rate * (c.disc_lr / c.lr if c.disc_lr else 1.0))
+        runs.take_step([opt, disc_opt] if adversarial else [opt], rate)
         vectors, codes = torch.cat(vectors), torch.cat(chosen)
         # DEVIATION: the official code updates the codebook between the depths, so that in training its z_hat
         # no longer belongs to its codes. Here the same updates follow one another after the step.

@@ -29,8 +29,7 @@ BUNDLED = HERE / "checkpoints" / "tiny-imagenet-32"
 # What a key's value may be: a number in a range, or one of some words. What is not listed here is above 0.
 ALLOWED = {key: allowed for allowed, keys in {
     "from 0": "workers quantize_start commitment_weight perceptual_weight disc_weight disc_start disc_ramp "
-              "disc_layers disc_lr feature_weight micro_batch warmup grad_clip weight_decay muon_lr "
-              "restart_below",
+              "disc_layers feature_weight micro_batch warmup grad_clip weight_decay muon_lr restart_below",
     "from 0 to 1": "balance ema_decay weights_ema cond_dropout",
     "from 0 to below 1": "betas dropout",
     "from 0 to 4398046511104": "seed",

@@ -223,12 +223,13 @@ def must_stop(stop, terms, step, saved, advice):
     return stopping > 0
 
 
-def take_step(optimizer, rate):
-    """A step at this learning rate, after which the gradients are gone."""
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+def take_step(optimizers, rate):
+    """A step of each at this learning rate, after which the gradients are gone."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
 
 
 @torch.no_grad()
