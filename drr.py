@@ -249,7 +249,6 @@ class Enlarge(nn.Module):
 
     def __init__(self, c):
         super().__init__()
-        self.up = nn.Upsample(scale_factor=2.0, mode="bilinear")
         self.blocks = nn.Sequential(ResBlock(c, c, "replicate"), ResBlock(c, c, "replicate"))
         self.norm_out = group_norm(c)
         self.conv_out = nn.Conv2d(c, 3, 3, padding=1, padding_mode="replicate")
@@ -257,8 +256,9 @@ class Enlarge(nn.Module):
             nn.init.zeros_(zero)
 
     def forward(self, x, images):
-        x = self.blocks(self.up(x))
-        return x, self.up(images) + self.conv_out(F.silu(self.norm_out(x)))
+        x = self.blocks(F.interpolate(x, scale_factor=2.0, mode="bilinear"))
+        detail = self.conv_out(F.silu(self.norm_out(x)))
+        return x, F.interpolate(images, scale_factor=2.0, mode="bicubic") + detail
 
 
 class Decoder(nn.Module):

@@ -75,7 +75,7 @@ def test_an_image_is_never_decoded_alone_nor_in_a_float16_that_cannot_hold_it(mo
     monkeypatch.setattr(vae, "decode", decode)
     codes = random_codes(2, 64, 4, codebook_size=1024)
     one, two = model.decode(codes[:1]), model.decode(codes)
-    assert sizes == [2, 2] and one.shape == (1, 3, 32, 32) and one.dtype == torch.float32
+    assert sizes == [2, 2] and one.shape == (1, 3, 64, 64) and one.dtype == torch.float32
     torch.testing.assert_close(one, two[:1], atol=1e-5, rtol=0)
     model.half = True                                        # as on a GPU beside a bf16 transformer
     assert torch.equal(model.decode(codes), two) and torch.equal(model.decode(codes), two)

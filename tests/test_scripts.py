@@ -254,5 +254,5 @@ def test_the_bundled_checkpoint_is_small_knows_imagenets_classes_and_draws_from_
                "--out-dir", "single", cwd=tmp_path)
     assert "volcano" in done.stdout
     one, two = singles(tmp_path / "single")
-    assert one.shape == two.shape == (32, 32, 3) and min(one.std(), two.std()) > 5
+    assert one.shape == two.shape == (64, 64, 3) and min(one.std(), two.std()) > 5
     assert not np.array_equal(one, two)
