@@ -43,7 +43,8 @@ def objective(c, vae, disc, distance, dtype, x, recon, commitment, beta, share):
         terms["gan"] = gan = -logits.float().mean()            # L_gan = -mean D(x_hat)
         terms["lambda"] = torch.ones_like(gan)
         if c.disc_adaptive:                  # the two gradients become equally long where the decoder ends
-            terms["lambda"] = adaptive_weight(rec, gan, vae.decoder.conv_out.weight)
+            last = (vae.decoder.enlarge or [vae.decoder])[-1]
+            terms["lambda"] = adaptive_weight(rec, gan, last.conv_out.weight)
         adversary = c.disc_weight * terms["lambda"] * gan
         if c.feature_weight:                 # DEVIATION: not in the paper; more to learn from than one number
             with autocast(x.device, dtype), torch.no_grad():

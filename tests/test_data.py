@@ -365,7 +365,7 @@ def test_broken_files_are_replaced_and_counted_however_the_batch_is_shared(partl
         assert torch.equal(torch.cat(theirs), images) and np.array_equal(np.concatenate(their_views), seen)
         assert sum(their_bad) == bad and [len(part) for part in theirs] == [3, 1, 4]
     assert found > 0
-    assert views.load("cpu") == {"views that can be read": 4 * 120}            # so a resumed run must load, too
+    assert views.load("cpu") == {"views that can be read": 4 * 120}      # so a resumed run must load, too
 
 
 @pytest.mark.parametrize("code", [errno.EACCES, errno.EIO, errno.EMFILE])

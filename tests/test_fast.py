@@ -123,7 +123,7 @@ def test_a_compiled_update_is_compiled_once_a_phase_and_draws_the_same_codes(onl
     assert graphs_traced() == 4
 
 
-@pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="torch.compile needs a C++ compiler")
+@pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="there is no C++ compiler")
 def test_a_really_compiled_update_draws_the_same_codes(fresh_compiler):
     """By a C++ compiler, which takes its time: one shape of a model as small as they come."""
     c = sample_section(t_draft=2, rounds=0)
