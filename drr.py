@@ -245,20 +245,26 @@ class Encoder(nn.Module):
 
 
 class Enlarge(nn.Module):
-    """features (B, c, H, W), images (B, 3, H, W) -> both at 2 H, 2 W: the images enlarged, plus detail."""
+    """features (B, c, H, H), images (B, 3, H, H) -> both at 2 H, 2 H: images whose reduction is the ones given."""
 
-    def __init__(self, c):
+    def __init__(self, c, H):
         super().__init__()
         self.blocks = nn.Sequential(ResBlock(c, c, "replicate"), ResBlock(c, c, "replicate"))
         self.norm_out = group_norm(c)
         self.conv_out = nn.Conv2d(c, 3, 3, padding=1, padding_mode="replicate")
         for zero in self.conv_out.parameters():                    # no detail at first
             nn.init.zeros_(zero)
+        # R (H, 2 H) reduces one side of an image, R+ (2 H, H) is its pseudo-inverse: R R+ = 1.
+        R = F.interpolate(torch.eye(2 * H)[None, None], (H, 2 * H), mode="bicubic", antialias=True)[0, 0]
+        self.register_buffer("reduce", R, persistent=False)
+        self.register_buffer("enlarge", torch.linalg.pinv(R), persistent=False)
 
     def forward(self, x, images):
         x = self.blocks(F.interpolate(x, scale_factor=2.0, mode="bilinear"))
         detail = self.conv_out(F.silu(self.norm_out(x)))
-        return x, F.interpolate(images, scale_factor=2.0, mode="bicubic") + detail
+        # y = detail + R+ (x_small - R detail R^T) R+^T is the image nearest to `detail` with R y R^T = x_small.
+        missing = images - self.reduce @ detail @ self.reduce.T
+        return x, detail + self.enlarge @ missing @ self.enlarge.T
 
 
 class Decoder(nn.Module):
@@ -279,7 +285,8 @@ class Decoder(nn.Module):
         self.norm_out = group_norm(widths[0])
         self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
         # DEVIATION: with vae.upscale the decoder draws larger than the encoder sees, as Muse's does.
-        self.enlarge = nn.ModuleList(Enlarge(widths[0]) for _ in range(c.upscale.bit_length() - 1))
+        self.enlarge = nn.ModuleList(Enlarge(widths[0], c.resolution << i)
+                                     for i in range(c.upscale.bit_length() - 1))
 
     def forward(self, x):
         x = self.mid(self.conv_in(x))

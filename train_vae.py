@@ -95,12 +95,16 @@ def given_codes(args, c, out):
 
 def build(c, weights, frozen, device):
     """{name: module or optimizer or None}: all that learns, with these weights (a path) or random ones."""
-    vae = drr.RQVAE(c).to(device)
+    vae, lacking = drr.RQVAE(c).to(device), {}
     if weights:
-        new = {k: v for k, v in vae.state_dict().items() if frozen and k.startswith("decoder.enlarge.")}
-        drr.fill(vae, new | drr.read_model(weights)[0], weights)       # FILE may lack the enlarging levels
-    vae.encoder.requires_grad_(not frozen)
-    vae.quant_conv.requires_grad_(not frozen)
+        tensors = drr.read_model(weights)[0]
+        if frozen:                             # FILE may lack the enlarging levels: then they alone learn
+            lacking = {name: p for name, p in vae.state_dict().items()
+                       if name.startswith("decoder.enlarge.") and name not in tensors}
+        drr.fill(vae, tensors | lacking, weights)
+    for name, p in vae.named_parameters():
+        of_codes = not name.startswith(("decoder.", "post_quant_conv."))
+        p.requires_grad_(name in lacking if lacking else not (frozen and of_codes))
     # DEVIATION: the result has an averaged decoder, without the noise of an adversary's last steps.
     average = copy.deepcopy(vae)
     average.encoder, average.quant_conv, average.quantizer = vae.encoder, vae.quant_conv, vae.quantizer
