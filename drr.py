@@ -254,15 +254,15 @@ class Enlarge(nn.Module):
         self.conv_out = nn.Conv2d(c, 3, 3, padding=1, padding_mode="replicate")
         for zero in self.conv_out.parameters():                    # no detail at first
             nn.init.zeros_(zero)
-        # R (H, 2 H) reduces one side of an image, R+ (2 H, H) is its pseudo-inverse: R R+ = 1.
         R = F.interpolate(torch.eye(2 * H)[None, None], (H, 2 * H), mode="bicubic", antialias=True)[0, 0]
-        self.register_buffer("reduce", R, persistent=False)
-        self.register_buffer("enlarge", torch.linalg.pinv(R), persistent=False)
+        U = F.interpolate(torch.eye(H)[None, None], (2 * H, H), mode="bicubic")[0, 0]
+        self.register_buffer("reduce", R, persistent=False)        # along one side of an image
+        self.register_buffer("enlarge", U @ torch.linalg.inv(R @ U), persistent=False)   # now R U = 1
 
     def forward(self, x, images):
         x = self.blocks(F.interpolate(x, scale_factor=2.0, mode="bilinear"))
         detail = self.conv_out(F.silu(self.norm_out(x)))
-        # y = detail + R+ (x_small - R detail R^T) R+^T is the image nearest to `detail` with R y R^T = x_small.
+        # y = detail + U (x - R detail R^T) U^T, so that R y R^T = x, whatever the detail
         missing = images - self.reduce @ detail @ self.reduce.T
         return x, detail + self.enlarge @ missing @ self.enlarge.T
 
