@@ -255,6 +255,22 @@ def test_init_starts_from_given_weights(arguments, whole, tmp_path):
     refused(train("vae", *arguments("vae", whole.vae, "--init", given, "--resume")), "one of")
 
 
+def test_a_deeper_transformer_begins_as_the_shallower_one_and_all_of_it_learns(whole):
+    vae, shallow, info = drr.load_checkpoint(whole.transformer)
+    given, device = whole.transformer / "transformer.safetensors", torch.device("cpu")
+    c = load_config("smoke", ["transformer.n_spatial=4"]).transformer
+    deep, *_ = train_transformer.build(c, len(info.classes), vae, given, device)
+    codes, cond = torch.randint(64, (2, 64, 4)), torch.zeros(2, 1, dtype=torch.int64)
+    mask = drr.random_mask(torch.rand(2, 65))
+    assert torch.equal(deep.context(codes, mask, cond), shallow.context(codes, mask, cond))
+    deep(codes, mask, cond)[0].mean().backward()
+    moved = [p.grad.abs().max() > 0 for block in deep.spatial for p in (block.proj.weight, block.fc2.weight)]
+    assert len(moved) == 8 and all(moved)
+    c.n_spatial = 1
+    with pytest.raises(drr.UserError, match="spatial.1"):
+        train_transformer.build(c, len(info.classes), vae, given, device)
+
+
 def test_the_run_says_after_three_steps_what_the_rest_will_take(whole):
     printed = whole.printed["vae"].splitlines()
     line = next(line for line in printed if line.startswith("vae: "))

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from conftest import TESTS, vae_section
 from PIL import Image
 from processes import run
+from torch import nn
 
 import drr
 import train_vae
@@ -27,6 +28,14 @@ def test_the_codes_are_those_of_the_reduced_picture_and_the_pictures_twice_as_la
         codes = large.encode(images)
         assert torch.equal(codes, small.encode(reduced))
         assert large.decode(codes).shape == images.shape and small.decode(codes).shape == reduced.shape
+        larger = drr.RQVAE(vae_section(upscale=4))
+        larger.load_state_dict(small.state_dict(), strict=False)
+        nn.init.normal_(larger.decoder.enlarge[1].conv_out.weight)
+        drawn = larger.decode(codes)
+        assert drawn.shape == (2, 3, 128, 128) and (drawn - drawn.mean((2, 3), True)).abs().max() > 1
+        for size in (64, 32):                                  # it keeps what the levels before it have drawn
+            drawn = F.interpolate(drawn, size=size, mode="bicubic", antialias=True)
+        assert torch.allclose(drawn, small.decode(codes), atol=1e-5)
     with pytest.raises(drr.UserError, match="upscale is 3"):
         drr.RQVAE(vae_section(upscale=3))
 
