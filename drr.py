@@ -245,7 +245,8 @@ class Encoder(nn.Module):
 
 
 class Enlarge(nn.Module):
-    """features (B, c, H, H), images (B, 3, H, H) -> both at 2 H, 2 H: images whose reduction is the ones given."""
+    """features (B, c, H, H), images (B, 3, H, H) -> both at 2 H, 2 H: the images enlarged, with detail that
+    vanishes when they are reduced again (as in Bahat and Michaeli 2020, Explorable Super Resolution)."""
 
     def __init__(self, c, H):
         super().__init__()
@@ -254,17 +255,18 @@ class Enlarge(nn.Module):
         self.conv_out = nn.Conv2d(c, 3, 3, padding=1, padding_mode="replicate")
         for zero in self.conv_out.parameters():                    # no detail at first
             nn.init.zeros_(zero)
+        # R (H, 2 H) reduces one side of an image, as for the encoder, and U (2 H, H) enlarges it: R U = 1.
         R = F.interpolate(torch.eye(2 * H)[None, None], (H, 2 * H), mode="bicubic", antialias=True)[0, 0]
-        U = F.interpolate(torch.eye(H)[None, None], (2 * H, H), mode="bicubic")[0, 0]
-        self.register_buffer("reduce", R, persistent=False)        # along one side of an image
-        self.register_buffer("enlarge", U @ torch.linalg.inv(R @ U), persistent=False)   # now R U = 1
+        bicubic = F.interpolate(torch.eye(H)[None, None], (2 * H, H), mode="bicubic")[0, 0]
+        self.register_buffer("R", R, persistent=False)
+        # Not R's pseudo-inverse, with which detail draws lines along the borders: this U keeps constants.
+        self.register_buffer("U", bicubic @ torch.linalg.inv(R @ bicubic), persistent=False)
 
     def forward(self, x, images):
         x = self.blocks(F.interpolate(x, scale_factor=2.0, mode="bilinear"))
         detail = self.conv_out(F.silu(self.norm_out(x)))
-        # y = detail + U (x - R detail R^T) U^T, so that R y R^T = x, whatever the detail
-        missing = images - self.reduce @ detail @ self.reduce.T
-        return x, detail + self.enlarge @ missing @ self.enlarge.T
+        # y = detail + U (images - R detail R^T) U^T, so that R y R^T = images, whatever the detail
+        return x, detail + self.U @ (images - self.R @ detail @ self.R.T) @ self.U.T
 
 
 class Decoder(nn.Module):
@@ -319,8 +321,8 @@ class RQVAE(nn.Module):
 
     def encode_latent(self, images):
         """images (B, 3, S, S) in [-1, 1] -> z (B, N, n_z), positions in raster order."""
-        if self.upscale > 1:                                       # the encoder sees them reduced
-            images = F.interpolate(images, scale_factor=1 / self.upscale, mode="bicubic", antialias=True)
+        for _ in self.decoder.enlarge:                             # the encoder sees them reduced
+            images = F.interpolate(images, scale_factor=0.5, mode="bicubic", antialias=True)
         return self.quant_conv(self.encoder(images)).flatten(2).transpose(1, 2)
 
     def decode_latent(self, z_hat):

@@ -71,13 +71,15 @@ def build(c, conditions, vae, weights, device):
         if c.cond == "text" and meta.get("transformer", {}).get("tokenizer") != c.tokenizer:
             print(f"{weights} has other conditions: their embeddings begin anew")
             tensors |= {name: p for name, p in transformer.state_dict().items() if name.startswith("cond_")}
-        known = meta.get("transformer", {}).get("n_spatial", 0)
-        added = {name: p for name, p in transformer.state_dict().items()       # blocks that a shallower FILE
-                 if name.startswith("spatial.") and int(name.split(".")[1]) >= known}      # lacks ...
-        for name, p in added.items():
-            if name.endswith((".proj.weight", ".fc2.weight")):
-                p.zero_()                                      # ... change nothing at first
-        drr.fill(transformer, added | tensors, weights)
+        with drr.explained(weights):
+            known = meta["transformer"]["n_spatial"]
+        for block in transformer.spatial[known:]:              # FILE is shallower: what it lacks adds nothing
+            if hasattr(block, "fc2"):                          # at first; maskgit's gates see to that
+                block.proj.weight.data.zero_()
+                block.fc2.weight.data.zero_()
+        new = tuple(f"spatial.{i}." for i in range(known, c.n_spatial))
+        tensors |= {name: p for name, p in transformer.state_dict().items() if name.startswith(new)}
+        drr.fill(transformer, tensors, weights)
     # DEVIATION: a moving average of the weights is the result; the paper does not say that it has one.
     average = copy.deepcopy(transformer).requires_grad_(False).eval()
     if c.shard:

@@ -95,16 +95,18 @@ def given_codes(args, c, out):
 
 def build(c, weights, frozen, device):
     """{name: module or optimizer or None}: all that learns, with these weights (a path) or random ones."""
-    vae, lacking = drr.RQVAE(c).to(device), {}
+    vae, learning = drr.RQVAE(c).to(device), ("",)             # all
+    if frozen:                               # the decoder, or of one that enlarges the levels that do so
+        learning = ("decoder.enlarge.",) if c.upscale > 1 else ("decoder.", "post_quant_conv.")
     if weights:
-        tensors = drr.read_model(weights)[0]
-        if frozen:                             # FILE may lack the enlarging levels: then they alone learn
-            lacking = {name: p for name, p in vae.state_dict().items()
-                       if name.startswith("decoder.enlarge.") and name not in tensors}
-        drr.fill(vae, tensors | lacking, weights)
+        tensors, meta = drr.read_model(weights)
+        if frozen:                           # FILE may lack the last enlarging levels
+            levels = range(meta["vae"].get("upscale", 1).bit_length() - 1, len(vae.decoder.enlarge))
+            new = tuple(f"decoder.enlarge.{i}." for i in levels)
+            tensors |= {name: p for name, p in vae.state_dict().items() if name.startswith(new)}
+        drr.fill(vae, tensors, weights)
     for name, p in vae.named_parameters():
-        of_codes = not name.startswith(("decoder.", "post_quant_conv."))
-        p.requires_grad_(name in lacking if lacking else not (frozen and of_codes))
+        p.requires_grad_(name.startswith(learning))
     # DEVIATION: the result has an averaged decoder, without the noise of an adversary's last steps.
     average = copy.deepcopy(vae)
     average.encoder, average.quant_conv, average.quantizer = vae.encoder, vae.quant_conv, vae.quantizer

@@ -20,7 +20,7 @@ import drr
 import processes
 import train_transformer
 import train_vae
-from support import runs
+from support import models, runs
 from support.common import load_config
 from drr import UserError
 from processes import (PHOTOS, REPO, STAGES, another_vae, assert_same, finished, receives, refused, rows,
@@ -255,20 +255,34 @@ def test_init_starts_from_given_weights(arguments, whole, tmp_path):
     refused(train("vae", *arguments("vae", whole.vae, "--init", given, "--resume")), "one of")
 
 
-def test_a_deeper_transformer_begins_as_the_shallower_one_and_all_of_it_learns(whole):
-    vae, shallow, info = drr.load_checkpoint(whole.transformer)
-    given, device = whole.transformer / "transformer.safetensors", torch.device("cpu")
-    c = load_config("smoke", ["transformer.n_spatial=4"]).transformer
-    deep, *_ = train_transformer.build(c, len(info.classes), vae, given, device)
-    codes, cond = torch.randint(64, (2, 64, 4)), torch.zeros(2, 1, dtype=torch.int64)
-    mask = drr.random_mask(torch.rand(2, 65))
+@pytest.mark.parametrize("preset", ["smoke", "smoke-maskgit"])
+def test_a_deeper_transformer_begins_as_the_shallower_one_and_all_of_it_learns(preset, tmp_path):
+    common = "transformer.half=false", "transformer.weight_decay=0"
+    configs = [load_config(preset, [f"transformer.n_spatial={n}", *common]) for n in (1, 2)]
+    torch.manual_seed(0)
+    vae = drr.RQVAE(configs[0].vae)
+    N, D = vae.side ** 2, vae.quantizer.depth
+    shallow = models.build(configs[0].transformer, 2, N, D, vae.quantizer.codebook)
+    for p in shallow.parameters():                             # no block of it adds nothing
+        torch.nn.init.normal_(p, std=0.1)
+    paths = tmp_path / "shallow.safetensors", tmp_path / "deep.safetensors"
+
+    def build(config, given):
+        return train_transformer.build(config.transformer, 2, vae, given, torch.device("cpu"))
+    drr.save_transformer(paths[0], shallow, configs[0], ["a", "b"], ["a", "b"], vae)
+    deep, _, opt, *_ = build(configs[1], paths[0])
+    codes, cond = torch.randint(64, (2, N, D)), torch.tensor([[0], [1]])
+    mask = models.kind(configs[0].transformer).random_mask(torch.rand(2, 1 + N))
     assert torch.equal(deep.context(codes, mask, cond), shallow.context(codes, mask, cond))
-    deep(codes, mask, cond)[0].mean().backward()
-    moved = [p.grad.abs().max() > 0 for block in deep.spatial for p in (block.proj.weight, block.fc2.weight)]
-    assert len(moved) == 8 and all(moved)
-    c.n_spatial = 1
-    with pytest.raises(drr.UserError, match="spatial.1"):
-        train_transformer.build(c, len(info.classes), vae, given, device)
+    start = {name: p.detach().clone() for name, p in deep.spatial[1].named_parameters()}
+    for _ in range(3):
+        deep(codes, mask, cond)[0].mean().backward()
+        opt.step()
+        opt.zero_grad()
+    assert not [name for name, p in deep.spatial[1].named_parameters() if torch.equal(p, start[name])]
+    drr.save_transformer(paths[1], deep, configs[1], ["a", "b"], ["a", "b"], vae)
+    with pytest.raises(drr.UserError, match="deep.safetensors.*spatial.1"):
+        build(configs[0], paths[1])
 
 
 def test_the_run_says_after_three_steps_what_the_rest_will_take(whole):
@@ -299,6 +313,9 @@ def test_a_step_has_three_times_the_operations_of_a_forward_pass():
     assert whole == 3 * counts["vae"] - counts["first"]        # nobody asks for the gradient of an image
     vae.encoder.requires_grad_(False)
     assert whole - train_vae.step_operations(vae, image) > 1.9 * counts["encoder"]
+    vae.requires_grad_(False)
+    vae.decoder.conv_out.requires_grad_(True)                  # the last layer alone learns
+    assert counts["vae"] < train_vae.step_operations(vae, image) < 1.1 * counts["vae"]
     model = drr.ContextualRQTransformer(c.transformer, 4, 64, 4, vae.quantizer.codebook)
     block, classifier = 12 * 64 ** 2 + 13 * 64, 64 * 64 + 64
     expected = 6 * 64 * (2 * block + 2 / math.pi * 4 * (block + classifier))

@@ -28,16 +28,31 @@ def test_the_codes_are_those_of_the_reduced_picture_and_the_pictures_twice_as_la
         codes = large.encode(images)
         assert torch.equal(codes, small.encode(reduced))
         assert large.decode(codes).shape == images.shape and small.decode(codes).shape == reduced.shape
-        larger = drr.RQVAE(vae_section(upscale=4))
-        larger.load_state_dict(small.state_dict(), strict=False)
-        nn.init.normal_(larger.decoder.enlarge[1].conv_out.weight)
-        drawn = larger.decode(codes)
-        assert drawn.shape == (2, 3, 128, 128) and (drawn - drawn.mean((2, 3), True)).abs().max() > 1
-        for size in (64, 32):                                  # it keeps what the levels before it have drawn
-            drawn = F.interpolate(drawn, size=size, mode="bicubic", antialias=True)
-        assert torch.allclose(drawn, small.decode(codes), atol=1e-5)
     with pytest.raises(drr.UserError, match="upscale is 3"):
         drr.RQVAE(vae_section(upscale=3))
+
+
+def test_every_level_keeps_what_those_before_it_have_drawn_and_its_detail_vanishes_when_reduced():
+    torch.manual_seed(0)
+    small, middle, large = (drr.RQVAE(vae_section(upscale=upscale)) for upscale in (1, 2, 4))
+    large.load_state_dict(small.state_dict(), strict=False)
+    for level in large.decoder.enlarge:
+        nn.init.normal_(level.conv_out.weight, std=0.1)
+    middle.load_state_dict({name: p for name, p in large.state_dict().items() if ".enlarge.1." not in name})
+    images = torch.rand(2, 3, 128, 128) * 2 - 1
+    with torch.no_grad():
+        codes = large.encode(images)
+        drawn = [vae.decode(codes) for vae in (small, middle, large)]
+        reduced = [F.interpolate(y, scale_factor=0.5, mode="bicubic", antialias=True)
+                   for y in (*drawn[1:], images)]
+        plain = F.interpolate(drawn[0], scale_factor=2.0, mode="bicubic")
+        assert (drawn[1] - plain).std() > 0.1                  # there is detail
+        assert torch.allclose(reduced[0], drawn[0], atol=1e-5)
+        assert torch.allclose(reduced[1], drawn[1], atol=1e-5)
+        assert torch.equal(codes, middle.encode(reduced[2]))
+        grey = torch.full((1, 3, 32, 32), 0.3)                 # up to the borders
+        level = drr.Enlarge(32, 32)
+        assert torch.allclose(level(torch.randn(1, 32, 32, 32), grey)[1], torch.tensor(0.3), atol=1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +74,7 @@ def test_a_decoder_gets_a_level_more_and_the_transformer_stays(enlarged):
     large, transformer, info = drr.load_checkpoint(enlarged / "large")
     assert info.vae.upscale == 2 and large.size == 64 and transformer.positions == large.side ** 2
     assert drr.code_fingerprint(large) == drr.code_fingerprint(small)
-    # The new level alone has learned, and the picture reduced is still that of the decoder before.
+    # The new level alone has learned, and its pictures, reduced, are those of the decoder before.
     old, new = small.decoder.state_dict(), large.decoder.state_dict()
     assert all(torch.equal(old[name], new[name]) for name in old)
     assert {name.split(".")[0] for name in new.keys() - old.keys()} == {"enlarge"}
