@@ -3,8 +3,8 @@
     python -m tools.estimate imagenet-821m --gpus 1,8 --tflops 990      # for GPUs of 990 TFLOP/s in bf16
     python -m tools.estimate imagenet-371m transformer.batch_size=512   # for this machine, measured
 
-Without a preset the table has all of them. This is arithmetic on the configuration; nothing is trained. All of a
-model is taken to learn: train_vae.py --decoder-only needs less.
+Without a preset the table has all of them. This is arithmetic on the configuration; nothing is trained.
+All of a model is taken to learn: train_vae.py --decoder-only needs less.
 """
 import argparse
 import math
