@@ -311,8 +311,7 @@ class RQVAE(nn.Module):
                             f"{len(c.ch_mult)} levels of vae.ch_mult; change one of them.")
         if c.upscale & (c.upscale - 1):
             raise UserError(f"vae.upscale is {c.upscale}; expected a power of two.")
-        self.upscale, self.side = c.upscale, c.resolution // f     # H = W
-        self.size = c.resolution * c.upscale                       # S
+        self.side, self.size = c.resolution // f, c.resolution * c.upscale         # H = W, S
         self.encoder = Encoder(c)
         self.decoder = Decoder(c)
         self.quant_conv = nn.Conv2d(c.z_channels, c.code_dim, 1)

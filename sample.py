@@ -257,7 +257,7 @@ def main():
             for k in np.flatnonzero(scores > best[first:first + count]):
                 best[first + k] = scores[k]
                 if first + k < shown:
-                    tiles[first + k] = made[k].copy()         # no view, which would keep its whole batch
+                    tiles[first + k] = made[k].copy()          # no view, which would keep its whole batch
                     strips[first + k] = [row[k].copy() for row in rows]
                 if single:
                     save_picture(Image.fromarray(made[k]), single[first + k])
